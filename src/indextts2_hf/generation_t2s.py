@@ -1,0 +1,343 @@
+"""
+Generation of semantic tokens: the generation config with its token-count control, the logits processor behind it, seeded
+sampling row by row, and the hooks into the stock `generate`. The network itself is in `modeling_t2s.py`.
+"""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation.utils import GenerateOutput
+
+
+# A finite stand-in for minus infinity: beams that are forced to stop keep finite scores, so that beam sampling never
+# meets a row without any possible token.
+_FORBIDDEN = -1e9
+
+
+class IndexTTS2GenerationConfig(GenerationConfig):
+    r"""
+    Generation settings of IndexTTS2. All stock names keep their meaning; two are new.
+
+    Args:
+        num_semantic_tokens (`int` or `list[int | None]`, *optional*):
+            Exact number of semantic tokens to generate, start and stop not counted: one number for all rows, or one for
+            each row (`None` leaves that row free). Each row then takes `num_semantic_tokens / semantic_token_rate` seconds.
+        duration_conditioning (`bool`, *optional*):
+            Whether the asked number is also written into the prefix, as row `num_semantic_tokens` of the semantic position
+            table (paper, section 3.1.1). By default what the checkpoint expects (`config.use_length_row`).
+        kwargs:
+            Everything [`~transformers.GenerationConfig`] takes.
+
+    Raises:
+        ValueError: `num_semantic_tokens` is not made of whole numbers of at least 1.
+    """
+
+    def __init__(self, **kwargs):
+        # An attribute that is always there, even as None, would be mistaken for a custom value of the model config.
+        for name in ("num_semantic_tokens", "duration_conditioning"):
+            if name in kwargs and kwargs[name] is None:
+                kwargs.pop(name)
+        super().__init__(**kwargs)
+
+    def validate(self, *args, **kwargs) -> None:
+        super().validate(*args, **kwargs)
+        check_num_semantic_tokens(getattr(self, "num_semantic_tokens", None))
+
+    @classmethod
+    def from_model_config(cls, model_config) -> GenerationConfig:
+        # The stock method fills a config from fields that ours does not have; it is for models without a generation config.
+        raise NotImplementedError("IndexTTS2 keeps its generation settings in `generation_config.json`.")
+
+
+def check_num_semantic_tokens(
+    num_semantic_tokens: int | list[int | None] | torch.Tensor | None,
+) -> int | list[int | None] | None:
+    """
+    The asked token counts as plain numbers.
+
+    Raises:
+        ValueError: a count is not a whole number of at least 1.
+    """
+    if isinstance(num_semantic_tokens, torch.Tensor):
+        num_semantic_tokens = num_semantic_tokens.tolist()
+    counts = num_semantic_tokens if isinstance(num_semantic_tokens, list | tuple) else [num_semantic_tokens]
+    for count in counts:
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(
+                f"`num_semantic_tokens` is {count!r}, but it must be a whole number of at least 1. "
+                "Leave it out for a free length."
+            )
+    return list(num_semantic_tokens) if isinstance(num_semantic_tokens, tuple) else num_semantic_tokens
+
+
+class SemanticTokenCountLogitsProcessor(LogitsProcessor):
+    r"""
+    Gives each row exactly the number of semantic tokens that was asked for: the stop token is impossible before that many
+    were generated, and certain after.
+
+    Args:
+        num_semantic_tokens (`list[int | None]`):
+            Tokens for each row of the batch, start and stop not counted; `None` leaves the row free.
+        prompt_length (`int`):
+            Ids before the first generated one.
+        semantic_stop_token_id (`int`):
+            Id that ends a row.
+    """
+
+    def __init__(self, num_semantic_tokens: list[int | None], prompt_length: int, semantic_stop_token_id: int):
+        self.num_semantic_tokens = torch.tensor([-1 if count is None else count for count in num_semantic_tokens])
+        self.prompt_length = prompt_length
+        self.semantic_stop_token_id = semantic_stop_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size * num_beams, sequence_length)`): ids so far.
+            scores (`torch.FloatTensor` of shape `(batch_size * num_beams, vocab_size)`): logits or log-probabilities.
+
+        Returns:
+            `torch.FloatTensor` of the shape of `scores`.
+        """
+        if self.num_semantic_tokens.device != scores.device:
+            self.num_semantic_tokens = self.num_semantic_tokens.to(scores.device)
+        counts = self.num_semantic_tokens.repeat_interleave(scores.shape[0] // len(self.num_semantic_tokens))
+        num_generated = input_ids.shape[1] - self.prompt_length
+
+        forced = torch.full_like(scores, _FORBIDDEN)
+        forced[:, self.semantic_stop_token_id] = 0.0
+        scores = scores.clone()
+        is_too_early = counts > num_generated
+        scores[:, self.semantic_stop_token_id] = scores[:, self.semantic_stop_token_id].masked_fill(
+            is_too_early, -float("inf")
+        )
+        must_stop = (counts >= 0) & (counts <= num_generated)
+        return torch.where(must_stop[:, None], forced, scores)
+
+
+class SeededSamplingLogitsProcessor(LogitsProcessor):
+    r"""
+    Samples each row with a generator of its own, so that what a row says does not depend on its neighbours: the largest of
+    the scores plus Gumbel noise is one categorical draw, and only that token is left for `generate` to pick. Works with
+    `do_sample=True` and one beam; it is applied after temperature, top-k and top-p.
+
+    Args:
+        generators (`list[torch.Generator]`): one for each row, on the device of the model.
+    """
+
+    def __init__(self, generators: list[torch.Generator]):
+        self.generators = generators
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        uniform = torch.stack(
+            [torch.rand(scores.shape[1:], generator=generator, device=scores.device) for generator in self.generators]
+        )
+        gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float32).tiny)))
+        chosen = (scores.float() + gumbel).argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, -float("inf")).scatter(1, chosen, 0.0)
+
+
+class IndexTTS2GenerationMixin(GenerationMixin):
+    """Generation of semantic tokens on a prefix of embeddings, by the stock `generate`."""
+
+    generation_config_class = IndexTTS2GenerationConfig
+
+    def adjust_generation_fn(self, generation_config, *args, **kwargs) -> None:
+        super().adjust_generation_fn(generation_config, *args, **kwargs)
+        # The stock method always reads a plain `GenerationConfig`: the values are right, the type is not.
+        self.generation_config = IndexTTS2GenerationConfig.from_dict(self.generation_config.to_dict())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        speaker_latents: torch.Tensor | None = None,
+        emotion_embeds: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> GenerateOutput | torch.LongTensor:
+        r"""
+        Semantic tokens for text, by the stock `generate` with all of its search modes.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, text_length)`):
+                Text ids without start and stop. Padding is on the left, or anywhere that `attention_mask` says.
+            attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
+                1 for text, 0 for padding.
+            speaker_latents (`torch.Tensor` of shape `(batch_size, speaker_num_latents, hidden_size)`):
+                Voice, from `encode_speaker`.
+            emotion_embeds (`torch.Tensor` of shape `(batch_size, hidden_size)`, *optional*):
+                Emotion, from `encode_emotion` or `mix_emotion`; added to every speaker latent.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`, *optional*):
+                A prefix made by `prepare_prefix`, with its mask as `attention_mask`, instead of the four above.
+            generation_config (`GenerationConfig`, *optional*):
+                Settings instead of the model's own.
+            kwargs:
+                Generation settings, `num_semantic_tokens` and `duration_conditioning` among them; see
+                [`IndexTTS2GenerationConfig`].
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, num_generated)`: semantic ids without the start id; a row that ended
+            holds the stop id and is filled with it. With `return_dict_in_generate=True` the stock output, whose
+            `sequences` are these.
+
+        Raises:
+            ValueError: the prefix is missing or given twice, or a count is impossible for this checkpoint.
+        """
+        generation_config, kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        if (inputs_embeds is None) == (input_ids is None):
+            raise ValueError(
+                "`generate` takes either text (`input_ids` with `speaker_latents`) or a prefix made by `prepare_prefix` "
+                f"(`inputs_embeds`), but got {'neither' if input_ids is None else 'both'}."
+            )
+        if inputs_embeds is None:
+            inputs_embeds, attention_mask = self.prepare_prefix(
+                input_ids,
+                attention_mask,
+                speaker_latents=speaker_latents,
+                emotion_embeds=emotion_embeds,
+                num_semantic_tokens=getattr(generation_config, "num_semantic_tokens", None),
+                duration_conditioning=getattr(generation_config, "duration_conditioning", None),
+            )
+        batch_size, prompt_length = inputs_embeds.shape[:2]
+        if attention_mask is None:
+            attention_mask = inputs_embeds.new_ones((batch_size, prompt_length), dtype=torch.long)
+        # Logits processors see these ids in place of the prefix; the last one is the start token's row.
+        placeholder_ids = attention_mask.new_full((batch_size, prompt_length), self.config.prefix_placeholder_token_id)
+        placeholder_ids[:, -1] = self.config.semantic_start_token_id
+
+        output = super().generate(
+            input_ids=placeholder_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            prefix_length=attention_mask.sum(dim=1, keepdim=True) - 1,
+            generation_config=generation_config,
+            **kwargs,
+        )
+        if isinstance(output, torch.Tensor):
+            return output[:, prompt_length:]
+        output.sequences = output.sequences[:, prompt_length:]
+        return output
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict]:
+        # Ours first: the stock method would hand a count to `forward`, and ignore a None.
+        options = {name: kwargs.pop(name, None) for name in ("num_semantic_tokens", "duration_conditioning")}
+        is_limited = any(
+            value is not None
+            for name in ("max_length", "max_new_tokens")
+            for value in (
+                kwargs.get(name),
+                getattr(generation_config, name, None),
+                getattr(self.generation_config, name),
+            )
+        )
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        most_new_tokens = self.config.max_semantic_tokens + 1  # the stop token counts
+        if not is_limited:
+            generation_config.max_new_tokens = most_new_tokens
+        if (generation_config.max_new_tokens or 0) > most_new_tokens:
+            raise ValueError(
+                f"`max_new_tokens` is {generation_config.max_new_tokens} but this checkpoint has positions for "
+                f"{self.config.max_semantic_tokens} semantic tokens and a stop token: give at most {most_new_tokens}."
+            )
+        for name, value in options.items():
+            if value is not None:
+                setattr(generation_config, name, value)
+
+        counts = check_num_semantic_tokens(getattr(generation_config, "num_semantic_tokens", None))
+        if counts is not None:
+            largest = max((count for count in (counts if isinstance(counts, list) else [counts]) if count), default=0)
+            if largest > self.config.max_semantic_tokens:
+                raise ValueError(
+                    f"`num_semantic_tokens` is {largest} but this checkpoint has positions for at most "
+                    f"{self.config.max_semantic_tokens} ({self.config.max_semantic_tokens / self.config.semantic_token_rate:.1f} s). "
+                    "Split the text with `processor.split_text` and synthesise the parts."
+                )
+            generation_config.num_semantic_tokens = counts
+            is_free = isinstance(counts, list) and None in counts
+            floor = (generation_config.max_new_tokens or 0) if is_free else 0
+            generation_config.max_new_tokens = max(largest + 1, floor)
+        if generation_config.max_new_tokens is not None:
+            generation_config.max_length = None
+        if generation_config.suppress_tokens is None:
+            generation_config.suppress_tokens = [self.config.semantic_start_token_id]
+        return generation_config, model_kwargs
+
+    def _get_logits_processor(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        encoder_input_ids: torch.Tensor | None = None,
+        prefix_allowed_tokens_fn=None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
+        given = list(logits_processor or [])
+        seeded = [processor for processor in given if isinstance(processor, SeededSamplingLogitsProcessor)]
+        if seeded and generation_config.num_beams > 1:
+            raise ValueError(
+                f"Seeded sampling row by row needs one beam, but `num_beams` is {generation_config.num_beams}: beams of "
+                "one row share their draws. Use `num_beams=1`, or `torch.manual_seed` for a whole batch."
+            )
+        processors = super()._get_logits_processor(
+            generation_config,
+            input_ids_seq_length,
+            encoder_input_ids,
+            prefix_allowed_tokens_fn,
+            LogitsProcessorList(processor for processor in given if processor not in seeded),
+            **kwargs,
+        )
+        counts = getattr(generation_config, "num_semantic_tokens", None)
+        if counts is not None:
+            batch_size = encoder_input_ids.shape[0]
+            counts = counts if isinstance(counts, list) else [counts] * batch_size
+            if len(counts) != batch_size:
+                raise ValueError(
+                    f"`num_semantic_tokens` has {len(counts)} counts for a batch of {batch_size} rows. "
+                    "Give one number for all rows or one for each."
+                )
+            processors.insert(
+                0,
+                SemanticTokenCountLogitsProcessor(counts, input_ids_seq_length, self.config.semantic_stop_token_id),
+            )
+        processors.extend(seeded)
+        return processors
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        prefix_length: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # `forward` calls text `input_ids` and what is generated `semantic_ids`.
+        semantic_ids = model_inputs.pop("input_ids", None)
+        position_ids = model_inputs.pop("position_ids")
+        if not is_first_iteration:
+            semantic_positions = position_ids - prefix_length
+            if self.config.skip_semantic_position_one:
+                # Parity: the released checkpoint feeds the start token at position 0 and the first code at position 2.
+                semantic_positions = semantic_positions + (semantic_positions > 0)
+            model_inputs["semantic_ids"] = semantic_ids
+            model_inputs["position_ids"] = semantic_positions
+        return model_inputs
+
+
+__all__ = ["IndexTTS2GenerationConfig", "SeededSamplingLogitsProcessor", "SemanticTokenCountLogitsProcessor"]

@@ -1,0 +1,737 @@
+"""
+`IndexTTS2ForTextToWaveform`: the whole model. It holds the parts, reads and writes the checkpoint folder, and turns text ids
+and a voice into speech. It does not know text or recordings: those belong to the processor and the front-door pipeline.
+"""
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import ModelOutput, logging
+
+from .configuration_indextts2 import IndexTTS2Config
+from .generation_t2s import IndexTTS2GenerationConfig, SeededSamplingLogitsProcessor
+from .modeling_t2s import IndexTTS2T2SForConditionalGeneration
+
+
+if TYPE_CHECKING:
+    from .pipeline_s2m import IndexTTS2SemanticToMelPipeline, VoicePrompt
+
+
+logger = logging.get_logger(__name__)
+
+# What the feature extractor makes of recordings; the processor passes it on.
+VOICE_INPUT_NAMES = ("speaker_input_features", "speaker_attention_mask", "prompt_mel", "speaker_fbank")
+EMOTION_INPUT_NAMES = ("emotion_input_features", "emotion_attention_mask")
+
+
+@dataclass
+class IndexTTS2Output(ModelOutput):
+    r"""
+    Args:
+        audio (`list[torch.FloatTensor]`):
+            One waveform of shape `(num_samples,)` in [-1, 1] for each text, pauses included.
+        semantic_ids (`list[list[torch.LongTensor]]`):
+            Codes of each text's segments, each of shape `(num_semantic_tokens,)`.
+    """
+
+    audio: list[torch.FloatTensor] | None = None
+    semantic_ids: list[list[torch.LongTensor]] | None = None
+
+
+@dataclass
+class IndexTTS2Segment(ModelOutput):
+    r"""
+    One finished piece of a text.
+
+    Args:
+        text_index (`int`): which text it belongs to.
+        segment_index (`int`): which segment of that text it is.
+        is_last (`bool`): whether it ends its text; otherwise the pause between segments follows.
+        audio (`torch.FloatTensor` of shape `(num_samples,)`): its waveform in [-1, 1], without the pause.
+        semantic_ids (`torch.LongTensor` of shape `(num_semantic_tokens,)`): its codes.
+    """
+
+    text_index: int | None = None
+    segment_index: int | None = None
+    is_last: bool | None = None
+    audio: torch.FloatTensor | None = None
+    semantic_ids: torch.LongTensor | None = None
+
+
+@dataclass
+class _Row:
+    """A segment on its way through the model."""
+
+    text_index: int
+    segment_index: int
+    is_last: bool
+    input_ids: list[int]
+    num_semantic_tokens: int | None = None
+    num_samples: int | None = None
+
+
+def share_out(total: int, weights: list[int]) -> list[int]:
+    """Whole numbers in proportion to `weights` that add up to `total` exactly."""
+    bounds = [round(total * sum(weights[:index]) / sum(weights)) for index in range(len(weights) + 1)]
+    return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def row_generator(seed: int, segment_index: int, half: str, device: torch.device) -> torch.Generator:
+    """The random generator of one half of the model (`"t2s"` or `"s2m"`) for one segment of a text with this seed."""
+    digest = hashlib.sha256(f"{seed}/{segment_index}/{half}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class _TokenReport(StoppingCriteria):
+    """Reports each step of the search; never stops it."""
+
+    def __init__(self, progress_callback: Callable[[str, int, int | None], None]):
+        self.progress_callback = progress_callback
+        self.num_steps = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        self.num_steps += 1
+        self.progress_callback("tokens", self.num_steps, None)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """The global generators at `seed` for a while; untouched without one."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
+    r"""
+    Text-to-speech with a voice, an emotion and a length. Usually made by `from_pretrained`.
+
+    `dtype` is that of the text-to-semantic transformer; everything behind it runs in float32, as in the original.
+
+    Args:
+        config ([`IndexTTS2Config`]): what belongs to the checkpoint as a whole.
+        t2s ([`IndexTTS2T2SForConditionalGeneration`]): text to semantic tokens.
+        s2m, scheduler, semantic_encoder, semantic_codec, speaker_encoder, vocoder, feature_extractor:
+            Parts of [`IndexTTS2SemanticToMelPipeline`].
+        voices (`dict[str, VoicePrompt]`, *optional*): voices that come with the checkpoint, by name.
+
+    Raises:
+        ValueError: two parts do not fit; the message has both numbers.
+    """
+
+    config: IndexTTS2Config
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    generation_config_class = IndexTTS2GenerationConfig
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(
+        self,
+        config: IndexTTS2Config,
+        t2s: IndexTTS2T2SForConditionalGeneration,
+        s2m,
+        scheduler,
+        semantic_encoder: PreTrainedModel,
+        semantic_codec,
+        speaker_encoder,
+        vocoder,
+        feature_extractor,
+        voices: "dict[str, VoicePrompt] | None" = None,
+    ):
+        super().__init__(config)
+        self.t2s = t2s
+        self.s2m = s2m
+        self.scheduler = scheduler
+        self.semantic_encoder = semantic_encoder
+        self.semantic_codec = semantic_codec
+        self.speaker_encoder = speaker_encoder
+        self.vocoder = vocoder
+        self.feature_extractor = feature_extractor
+        self.voices = dict(voices or {})
+        self.generation_config = t2s.generation_config
+        self._check_parts()
+        # The parts bring their weights: nothing here is to be initialised.
+        for module in self.modules():
+            module._is_hf_initialized = True
+        self.post_init()
+
+    def _check_parts(self) -> None:
+        t2s, s2m, codec = self.t2s.config, self.s2m.config, self.semantic_codec.config
+        pairs = [
+            ("t2s.feature_size", t2s.feature_size, "semantic_codec.feature_size", codec.feature_size),
+            ("s2m.semantic_size", s2m.semantic_size, "semantic_codec.feature_size", codec.feature_size),
+            ("s2m.t2s_hidden_size", s2m.t2s_hidden_size, "t2s.hidden_size", t2s.hidden_size),
+            ("s2m.speaker_embed_dim", s2m.speaker_embed_dim, "speaker_encoder.embed_dim", self.speaker_encoder.config.embed_dim),
+            ("t2s.speaker_embed_dim", t2s.speaker_embed_dim, "speaker_encoder.embed_dim", self.speaker_encoder.config.embed_dim),
+            ("s2m.num_mel_bins", s2m.num_mel_bins, "vocoder.num_mel_bins", self.vocoder.config.num_mel_bins),
+            ("feature_extractor.num_mel_bins", self.feature_extractor.num_mel_bins, "s2m.num_mel_bins", s2m.num_mel_bins),
+            ("feature_extractor.hop_length", self.feature_extractor.hop_length, "vocoder.hop_length", self.vocoder.hop_length),
+            ("config.sampling_rate", self.config.sampling_rate, "vocoder.sampling_rate", self.vocoder.config.sampling_rate),
+            ("feature_extractor.sampling_rate", self.feature_extractor.sampling_rate, "config.sampling_rate", self.config.sampling_rate),
+        ]  # fmt: skip
+        for name, value, other_name, other_value in pairs:
+            if value != other_value:
+                raise ValueError(f"`{name}` is {value} but `{other_name}` is {other_value}: these parts do not fit.")
+        if codec.codebook_size > t2s.semantic_start_token_id:
+            raise ValueError(
+                f"`semantic_codec.codebook_size` is {codec.codebook_size} but `t2s.semantic_start_token_id` is "
+                f"{t2s.semantic_start_token_id}: the start token must lie behind the codes."
+            )
+
+    @property
+    def semantic_to_mel(self) -> "IndexTTS2SemanticToMelPipeline":
+        """The diffusers pipeline over this model's own parts."""
+        from .pipeline_s2m import IndexTTS2SemanticToMelPipeline
+
+        pipeline = IndexTTS2SemanticToMelPipeline(
+            s2m=self.s2m,
+            scheduler=self.scheduler,
+            semantic_encoder=self.semantic_encoder,
+            semantic_codec=self.semantic_codec,
+            speaker_encoder=self.speaker_encoder,
+            vocoder=self.vocoder,
+            feature_extractor=self.feature_extractor,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        config: IndexTTS2Config | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        adapter_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "IndexTTS2ForTextToWaveform":
+        r"""
+        A model from its checkpoint folder or Hub repository.
+
+        Args:
+            pretrained_model_name_or_path (`str`): folder or repository id.
+            config ([`IndexTTS2Config`], *optional*): instead of the folder's `config.json`.
+            cache_dir, force_download, local_files_only, token, revision: as everywhere in transformers.
+            dtype (`str` or `torch.dtype`, *optional*): of the text-to-semantic transformer; by default the saved one.
+            attn_implementation (`str`, *optional*): attention of its trunk, for example `"sdpa"`.
+            adapter_kwargs (`dict`, *optional*): set by the Auto classes when an adapter folder was asked for.
+
+        Returns:
+            [`IndexTTS2ForTextToWaveform`] in evaluation mode.
+        """
+        from .pipeline_s2m import IndexTTS2SemanticToMelPipeline, VoicePrompt
+
+        folder = str(pretrained_model_name_or_path)
+        if not os.path.isdir(folder):
+            folder = snapshot_download(
+                folder,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                revision=revision,
+            )
+        if config is None:
+            config = IndexTTS2Config.from_pretrained(folder)
+        config.name_or_path = str(pretrained_model_name_or_path)
+
+        t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(
+            folder, subfolder="t2s", dtype=dtype or "auto", attn_implementation=attn_implementation
+        )
+        if os.path.isfile(os.path.join(folder, "generation_config.json")):
+            t2s.generation_config = IndexTTS2GenerationConfig.from_pretrained(folder)
+        parts = IndexTTS2SemanticToMelPipeline.from_pretrained(folder, dtype=torch.float32)
+        voices_folder = os.path.join(folder, "voices")
+        names = sorted(os.listdir(voices_folder)) if os.path.isdir(voices_folder) else []
+        voices = {
+            os.path.splitext(name)[0]: VoicePrompt.load(os.path.join(voices_folder, name))
+            for name in names
+            if name.endswith(".safetensors")
+        }
+        model = cls(config, t2s=t2s, voices=voices, **parts.components)
+
+        adapter_path = (adapter_kwargs or {}).get("_adapter_model_path")
+        if adapter_path is not None:
+            model.t2s.load_adapter(adapter_path)
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Writes the checkpoint folder that both transformers and diffusers read. `kwargs` (for example `max_shard_size`) go
+        to the text-to-semantic transformer.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(save_directory)
+        self.generation_config.save_pretrained(save_directory)
+        self.t2s.save_pretrained(os.path.join(save_directory, "t2s"), **kwargs)
+        self.semantic_to_mel.save_pretrained(save_directory)
+        if self.voices:
+            os.makedirs(os.path.join(save_directory, "voices"), exist_ok=True)
+        for name, voice in self.voices.items():
+            voice.save(os.path.join(save_directory, "voices", f"{name}.safetensors"))
+
+    def encode_voice(self, speaker_audio: Any) -> "VoicePrompt":
+        """A voice from a recording; see [`IndexTTS2SemanticToMelPipeline.encode_voice`]."""
+        return self.semantic_to_mel.encode_voice(speaker_audio)
+
+    def encode_emotion(self, emotion_audio: Any) -> torch.Tensor:
+        """Emotion features of a recording; see [`IndexTTS2SemanticToMelPipeline.encode_emotion`]."""
+        return self.semantic_to_mel.encode_emotion(emotion_audio)
+
+    def get_voice(self, voice: "VoicePrompt | str | None" = None) -> "VoicePrompt":
+        """
+        A voice by name, the default voice for `None`, or the given one itself.
+
+        Raises:
+            ValueError: the checkpoint has no such voice, or none by default.
+        """
+        if voice is None:
+            voice = self.config.default_voice
+        if voice is None:
+            raise ValueError(
+                "No voice was given and this checkpoint has no default voice. Make one with "
+                "`model.encode_voice('reference.wav')` and pass it as `voice`."
+            )
+        if isinstance(voice, str):
+            if voice not in self.voices:
+                raise ValueError(
+                    f"This checkpoint has no voice named {voice!r}, but {sorted(self.voices) or 'none at all'}. "
+                    "Give one of these, a voice file, or a recording."
+                )
+            return self.voices[voice]
+        return voice
+
+    @torch.no_grad()
+    def generate(self, input_ids: torch.LongTensor, **kwargs: Any) -> IndexTTS2Output:
+        r"""
+        Speech for a batch of texts. Takes what [`~IndexTTS2ForTextToWaveform.stream`] takes.
+
+        Returns:
+            [`IndexTTS2Output`]: each text's segments joined, with `segment_silence_s` of silence between them.
+        """
+        num_texts = len(input_ids)
+        segment_silence_s = kwargs.get("segment_silence_s", 0.2)
+        pause = torch.zeros(int(self.config.sampling_rate * segment_silence_s))
+        audio: list[list[torch.Tensor]] = [[] for _ in range(num_texts)]
+        semantic_ids: list[list[torch.Tensor]] = [[] for _ in range(num_texts)]
+        kwargs.setdefault("segment_batch_size", 8)
+        for segment in self.stream(input_ids, **kwargs):
+            audio[segment.text_index].append(segment.audio)
+            semantic_ids[segment.text_index].append(segment.semantic_ids)
+            if not segment.is_last:
+                audio[segment.text_index].append(pause.to(segment.audio.device))
+        return IndexTTS2Output(audio=[torch.cat(parts) for parts in audio], semantic_ids=semantic_ids)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        voice: "VoicePrompt | str | list[VoicePrompt | str] | None" = None,
+        emotion_features: torch.Tensor | list[torch.Tensor | None] | None = None,
+        emotion_weights: torch.Tensor | None = None,
+        emotion_strength: float | list[float] | torch.Tensor = 1.0,
+        num_semantic_tokens: int | list[int | None] | None = None,
+        duration_s: float | list[float | None] | None = None,
+        seed: int | list[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.7,
+        segment_silence_s: float = 0.2,
+        segment_batch_size: int = 1,
+        noise_scheduler: Any | None = None,
+        generation_config: GenerationConfig | None = None,
+        progress_callback: Callable[[str, int, int | None], None] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[IndexTTS2Segment]:
+        r"""
+        Speech for a batch of texts, segment by segment, each as soon as it is ready.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(num_texts, text_length)`):
+                Text ids from the processor. The text stop id separates the segments of a text.
+            attention_mask (`torch.Tensor` of shape `(num_texts, text_length)`, *optional*):
+                1 for text, 0 for padding.
+            voice ([`VoicePrompt`], `str`, or a list of them, *optional*):
+                Who speaks: one for all texts or one for each; a name means a voice of the checkpoint, which also has a
+                default. The processor's tensors of a recording (`speaker_input_features` …) may stand instead.
+            emotion_features (`torch.Tensor` of shape `(num_frames, feature_size)` or a list, *optional*):
+                Emotion of a recording, from `encode_emotion`: one for all texts or one for each. The processor's tensors
+                (`emotion_input_features` …) may stand instead. Without any emotion the voice's own is used.
+            emotion_weights (`torch.Tensor` of shape `(num_texts, 8)`, *optional*):
+                Eight intensities, already scaled by their strength (the processor does both checks and scaling); a row of
+                NaN means no weights for that text.
+            emotion_strength (`float`, or one for each text, defaults to 1.0):
+                How much of `emotion_features` is used; 0 is the voice's own emotion.
+            num_semantic_tokens (`int`, or one or `None` for each text, *optional*):
+                Exact number of semantic tokens of a text, shared among its segments in proportion to their text tokens.
+            duration_s (`float`, or one or `None` for each text, *optional*):
+                Exact length of a text's speech in seconds, pauses included: `round(duration_s * sampling_rate)` samples.
+            seed (`int`, or one for each text, *optional*):
+                Makes the same call give the same audio. Greedy search and sampling with one beam then also give a text
+                the same audio alone and in any batch; random beam sampling depends on its batch.
+            num_inference_steps (`int`, *optional*):
+                Flow-matching steps; 25 by default, or what the scheduler's own grid says.
+            guidance_scale (`float`, defaults to 1.7):
+                Strength of the conditions in flow matching; 1.0 or less is none and faster.
+            segment_silence_s (`float`, defaults to 0.2):
+                Pause between segments, in seconds.
+            segment_batch_size (`int`, defaults to 1):
+                Segments that go through the model together (8 in `generate`).
+            noise_scheduler (*optional*):
+                A scheduler to use instead of the checkpoint's.
+            generation_config (`GenerationConfig`, *optional*):
+                Generation settings instead of the model's.
+            progress_callback (`Callable`, *optional*):
+                Called with `("tokens", done, None)` for each generated token of a batch of segments and with
+                `("mel", done, total)` for each flow-matching step.
+            kwargs:
+                Generation settings of the text-to-semantic transformer, such as `temperature`, `num_beams` or
+                `duration_conditioning`.
+
+        Yields:
+            [`IndexTTS2Segment`], in the order of the texts.
+
+        Raises:
+            ValueError: an option is impossible; the message says which, and what to do.
+        """
+        voice_inputs = {name: kwargs.pop(name) for name in VOICE_INPUT_NAMES + EMOTION_INPUT_NAMES if name in kwargs}
+        kwargs.pop("return_dict_in_generate", None)
+        num_texts = len(input_ids)
+        semantic_to_mel = self.semantic_to_mel
+        if noise_scheduler is not None:
+            semantic_to_mel.scheduler = noise_scheduler
+        if num_inference_steps is None and semantic_to_mel.scheduler.config.grid is None:
+            num_inference_steps = 25
+
+        if "speaker_input_features" in voice_inputs:
+            voice = semantic_to_mel.encode_voice(voice_inputs)
+        elif "emotion_input_features" in voice_inputs:
+            emotion_features = semantic_to_mel.encode_emotion(voice_inputs)
+        voices = [self.get_voice(given) for given in _one_for_each("voice", voice, num_texts)]
+        fingerprint = semantic_to_mel.fingerprint
+        for given in {id(given): given for given in voices}.values():
+            semantic_to_mel.check_voice(given, fingerprint)
+        # Without a seed each text draws one from torch's global generator, which `torch.manual_seed` sets.
+        seeds = [
+            int(torch.randint(2**62, ())) if given is None else given
+            for given in _one_for_each("seed", seed, num_texts)
+        ]
+        rows = self._plan_rows(input_ids, attention_mask, num_semantic_tokens, duration_s, segment_silence_s)
+        speaker_latents, emotion_embeds = self._encode_conditions(
+            voices,
+            _one_for_each("emotion_features", emotion_features, num_texts),
+            emotion_weights,
+            _one_for_each("emotion_strength", emotion_strength, num_texts),
+        )
+
+        def report_step(pipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+            progress_callback("mel", step + 1, pipeline.num_timesteps)
+            return {}
+
+        for start in range(0, len(rows), segment_batch_size):
+            batch = rows[start : start + segment_batch_size]
+            texts = torch.tensor([row.text_index for row in batch], device=self.t2s.device)
+            row_seeds = [seeds[row.text_index] for row in batch]
+            semantic_ids, hidden_states, lengths = self._generate_semantic_ids(
+                batch,
+                speaker_latents[texts],
+                emotion_embeds[texts],
+                row_seeds,
+                generation_config,
+                progress_callback,
+                **kwargs,
+            )
+            mel_lengths = semantic_to_mel.default_mel_lengths(lengths)
+            for index, row in enumerate(batch):
+                if row.num_samples is not None:
+                    mel_lengths[index] = math.ceil(row.num_samples / self.vocoder.hop_length)
+            output = semantic_to_mel(
+                semantic_ids,
+                voice=[voices[row.text_index] for row in batch],
+                t2s_hidden_states=hidden_states,
+                semantic_lengths=lengths,
+                mel_lengths=mel_lengths,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=[
+                    row_generator(row_seed, row.segment_index, "s2m", self.s2m.device)
+                    for row_seed, row in zip(row_seeds, batch, strict=True)
+                ],
+                output_type="pt",
+                callback_on_step_end=None if progress_callback is None else report_step,
+            )
+            for row, ids, length, waveform in zip(batch, semantic_ids, lengths, output.audios, strict=True):
+                yield IndexTTS2Segment(
+                    text_index=row.text_index,
+                    segment_index=row.segment_index,
+                    is_last=row.is_last,
+                    audio=waveform[: row.num_samples],
+                    semantic_ids=ids[:length],
+                )
+
+    def _plan_rows(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        num_semantic_tokens: int | list[int | None] | None,
+        duration_s: float | list[float | None] | None,
+        segment_silence_s: float,
+    ) -> list[_Row]:
+        """The segments of all texts, each with its share of what was asked for its text."""
+        num_texts = len(input_ids)
+        if not (math.isfinite(segment_silence_s) and segment_silence_s >= 0):
+            raise ValueError(f"`segment_silence_s` is {segment_silence_s}, but it must be a number of seconds, 0 or more.")
+        counts = _one_for_each("num_semantic_tokens", num_semantic_tokens, num_texts)
+        durations = _one_for_each("duration_s", duration_s, num_texts)
+        separators = {self.t2s.config.text_start_token_id, self.t2s.config.text_stop_token_id}
+        masks = [None] * num_texts if attention_mask is None else attention_mask.tolist()
+        rows = []
+        for text_index, (ids, mask) in enumerate(zip(input_ids.tolist(), masks, strict=True)):
+            segments: list[list[int]] = [[]]
+            for position, token_id in enumerate(ids):
+                if mask is not None and not mask[position]:
+                    continue
+                if token_id not in separators:
+                    segments[-1].append(token_id)
+                elif segments[-1]:
+                    segments.append([])
+            segments = [segment for segment in segments if segment]
+            if not segments:
+                raise ValueError(f"Text {text_index} has no tokens: there is nothing to speak.")
+            text_lengths = [len(segment) for segment in segments]
+            tokens, samples = self._plan_lengths(
+                text_lengths, counts[text_index], durations[text_index], segment_silence_s
+            )
+            rows += [
+                _Row(text_index, index, index == len(segments) - 1, segment, tokens[index], samples[index])
+                for index, segment in enumerate(segments)
+            ]
+        return rows
+
+    def _plan_lengths(
+        self, text_lengths: list[int], count: int | None, duration_s: float | None, segment_silence_s: float
+    ) -> tuple[list[int | None], list[int | None]]:
+        """Semantic tokens and samples of each segment of one text; `None` where they are free."""
+        free: list[int | None] = [None] * len(text_lengths)
+        rate, most = self.t2s.config.semantic_token_rate, self.t2s.config.max_semantic_tokens
+        if count is not None and duration_s is not None:
+            raise ValueError(
+                f"Both `num_semantic_tokens` ({count}) and `duration_s` ({duration_s}) were given: give one of them."
+            )
+        if duration_s is not None:
+            if not (math.isfinite(duration_s) and duration_s > 0):
+                raise ValueError(f"`duration_s` is {duration_s}, but it must be a finite number of seconds above 0.")
+            pauses = int(self.config.sampling_rate * segment_silence_s) * (len(text_lengths) - 1)
+            num_samples = round(duration_s * self.config.sampling_rate) - pauses
+            # 20 ms for each text token is far below any speech: less cannot be meant.
+            shortest = sum(text_lengths) / rate + pauses / self.config.sampling_rate
+            if duration_s < shortest:
+                raise ValueError(
+                    f"`duration_s` is {duration_s} but this text of {sum(text_lengths)} tokens in {len(text_lengths)} "
+                    f"segment(s) needs at least {shortest:.2f} s, pauses included. Give a longer duration or a shorter text."
+                )
+            samples = share_out(num_samples, text_lengths)
+            tokens = [max(1, round(share / self.config.sampling_rate * rate)) for share in samples]
+            if max(tokens) > most:
+                raise ValueError(
+                    f"`duration_s` is {duration_s} but this checkpoint speaks at most {most / rate:.1f} s in one segment, "
+                    f"and this text has {len(text_lengths)}. Give a shorter duration, or split the text into more segments."
+                )
+            return list(tokens), list(samples)
+        if count is not None:
+            if isinstance(count, bool) or not isinstance(count, int) or count < len(text_lengths):
+                raise ValueError(
+                    f"`num_semantic_tokens` is {count!r}, but it must be a whole number of at least 1 for each of the "
+                    f"{len(text_lengths)} segment(s) of the text."
+                )
+            tokens = [max(1, share) for share in share_out(count, text_lengths)]
+            tokens[tokens.index(max(tokens))] -= sum(tokens) - count
+            if max(tokens) > most:
+                raise ValueError(
+                    f"`num_semantic_tokens` is {count} but this checkpoint has positions for at most {most} in one segment "
+                    f"({most / rate:.1f} s), and this text has {len(text_lengths)}. "
+                    "Split the text with `processor.split_text` and synthesise the parts."
+                )
+            return list(tokens), free
+        return free, free
+
+    def _encode_conditions(
+        self,
+        voices: "list[VoicePrompt]",
+        emotion_features: list[torch.Tensor | None],
+        emotion_weights: torch.Tensor | None,
+        emotion_strength: list[float],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`speaker_latents` and `emotion_embeds` of each text; every recording is encoded once."""
+        device, dtype = self.t2s.device, self.t2s.dtype
+
+        def encode(encoder, features: list[torch.Tensor]) -> torch.Tensor:
+            unique = list({id(item): item for item in features}.values())
+            place = {id(item): index for index, item in enumerate(unique)}
+            lengths = torch.tensor([len(item) for item in unique], device=device)
+            batch = pad_sequence([item.to(device, dtype) for item in unique], batch_first=True)
+            encoded = encoder(batch, lengths if len({len(item) for item in unique}) > 1 else None)
+            return encoded[[place[id(item)] for item in features]]
+
+        speaker_latents = encode(self.t2s.encode_speaker, [voice.speaker_features for voice in voices])
+
+        # Parity: without an emotion reference the voice's own recording is one, read the other way, at full strength.
+        has_reference = [features is not None for features in emotion_features]
+        emotion_embeds = encode(
+            self.t2s.encode_emotion,
+            [
+                voice.emotion_features if features is None else features
+                for voice, features in zip(voices, emotion_features, strict=True)
+            ],
+        )
+        if any(has_reference):
+            base_embeds = encode(self.t2s.encode_emotion, [voice.speaker_features for voice in voices])
+            strength = torch.tensor([float(value) for value in emotion_strength], device=device, dtype=dtype)[:, None]
+            strength = strength.masked_fill(~torch.tensor(has_reference, device=device)[:, None], 1.0)
+            mixed = self.t2s.mix_emotion(base_embeds, emotion_embeds, strength)
+            emotion_embeds = torch.where(strength == 1.0, emotion_embeds, mixed)
+        if emotion_weights is not None:
+            emotion_weights = torch.as_tensor(emotion_weights, device=device)
+            if emotion_weights.shape != (len(voices), 8):
+                raise ValueError(
+                    f"`emotion_weights` must have the shape ({len(voices)}, 8), one row for each text, but it has "
+                    f"{tuple(emotion_weights.shape)}. The processor makes it."
+                )
+            if not self.t2s.emotion_prototypes.emotion_embeds.any():
+                raise ValueError(
+                    "This checkpoint has no emotion prototypes, so it cannot use `emotion_weights`. "
+                    "Give an emotion reference recording instead."
+                )
+            speaker_embeds = torch.stack([voice.speaker_embeds.to(device) for voice in voices])
+            weighed = self.t2s.weigh_emotion(emotion_weights.nan_to_num(), speaker_embeds, emotion_embeds)
+            emotion_embeds = torch.where(emotion_weights.isnan().any(dim=1, keepdim=True), emotion_embeds, weighed)
+        return speaker_latents, emotion_embeds
+
+    def _generation_settings(self, generation_config: GenerationConfig | None, **kwargs: Any) -> GenerationConfig:
+        """One generation config of the given one (or the model's) and the keyword arguments."""
+        settings = copy.deepcopy(generation_config or self.generation_config)
+        settings.return_dict_in_generate = False
+        # Settings that the asked search does not use would only be warned about.
+        unused = {}
+        if not kwargs.get("do_sample", settings.do_sample):
+            unused |= {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+        if (kwargs.get("num_beams") or settings.num_beams or 1) == 1:
+            unused |= {"length_penalty": 1.0}
+        for name, neutral in unused.items():
+            setattr(settings, name, neutral)
+        unknown = settings.update(**kwargs)
+        for name in ("num_semantic_tokens", "duration_conditioning"):
+            if name in unknown:
+                setattr(settings, name, unknown.pop(name))
+        if unknown:
+            raise TypeError(f"`generate` takes no {', '.join(map(repr, unknown))}.")
+        return settings
+
+    def _generate_semantic_ids(
+        self,
+        rows: list[_Row],
+        speaker_latents: torch.Tensor,
+        emotion_embeds: torch.Tensor,
+        seeds: list[int],
+        generation_config: GenerationConfig | None,
+        progress_callback: Callable[[str, int, int | None], None] | None,
+        **kwargs: Any,
+    ) -> tuple[torch.LongTensor, torch.Tensor, torch.LongTensor]:
+        """Codes `(batch_size, num_semantic_tokens)`, the T2S state of each, and how many of each row are its own."""
+        t2s = self.t2s
+        logits_processor = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
+        stopping_criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+        settings = self._generation_settings(generation_config, **kwargs)
+        input_ids = pad_sequence(
+            [torch.tensor(row.input_ids, device=t2s.device) for row in rows],
+            batch_first=True,
+            padding_value=t2s.config.text_stop_token_id,
+        )
+        counts = [row.num_semantic_tokens for row in rows]
+        asked = counts if any(counts) else None
+        inputs_embeds, attention_mask = t2s.prepare_prefix(
+            input_ids,
+            speaker_latents=speaker_latents,
+            emotion_embeds=emotion_embeds,
+            num_semantic_tokens=asked,
+            duration_conditioning=getattr(settings, "duration_conditioning", None),
+        )
+
+        batch_seed = None
+        if settings.do_sample and settings.num_beams == 1:
+            generators = [
+                row_generator(seed, row.segment_index, "t2s", t2s.device) for seed, row in zip(seeds, rows, strict=True)
+            ]
+            logits_processor.append(SeededSamplingLogitsProcessor(generators))
+        elif settings.do_sample:
+            batch_seed = row_generator(seeds[0], rows[0].segment_index, "t2s", torch.device("cpu")).initial_seed()
+        if progress_callback is not None:
+            stopping_criteria.append(_TokenReport(progress_callback))
+        with seeded(batch_seed, t2s.device):
+            sequences = t2s.generate(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                generation_config=settings,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                num_semantic_tokens=asked,
+            )
+
+        is_stop = sequences == t2s.config.semantic_stop_token_id
+        lengths = is_stop.logical_not().cumprod(dim=1).sum(dim=1)
+        for row, has_ended in zip(rows, is_stop.any(dim=1).tolist(), strict=True):
+            if not has_ended:
+                logger.warning(
+                    f"Segment {row.segment_index} of text {row.text_index} was cut off after {sequences.shape[1]} semantic "
+                    f"tokens ({sequences.shape[1] / t2s.config.semantic_token_rate:.1f} s) without having ended. "
+                    "Raise `max_new_tokens`, or split the text into shorter segments."
+                )
+        semantic_ids = sequences[:, : max(1, int(lengths.max()))].masked_fill(
+            is_stop[:, : max(1, int(lengths.max()))], 0
+        )
+        # A full-context state for each code. Parity: positions 1, 2, 3 … here, whatever decoding used.
+        output = t2s(inputs_embeds=inputs_embeds, attention_mask=attention_mask, semantic_ids=semantic_ids, use_cache=False)
+        return semantic_ids, output.last_hidden_state[:, :-1], lengths
+
+
+def _one_for_each(name: str, value: Any, num_texts: int) -> list[Any]:
+    """`value` for each text: a list or a tensor with one for each, or one for all."""
+    if isinstance(value, torch.Tensor) and value.ndim < 2:
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        return [value] * num_texts
+    if len(value) != num_texts:
+        raise ValueError(f"`{name}` has {len(value)} values for {num_texts} text(s): give one for all or one for each.")
+    return list(value)
+
+
+__all__ = ["IndexTTS2ForTextToWaveform", "IndexTTS2Output", "IndexTTS2Segment"]

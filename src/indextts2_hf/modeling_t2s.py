@@ -1,0 +1,787 @@
+"""
+The text-to-semantic transformer (T2S): condition encoders (conformer and perceiver, for the speaker and for the emotion),
+a GPT-2 trunk of stock transformers blocks, text and semantic heads, the emotion prototypes, and the loss.
+
+It knows text ids and semantic features; it does not know text, waveforms, mels or the semantic codec. How tokens are
+chosen is in `generation_t2s.py`.
+
+Source: IndexTTS2 paper (arXiv 2506.21619), section 3.1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_indextts2 import IndexTTS2T2SConfig
+from .generation_t2s import IndexTTS2GenerationMixin, check_num_semantic_tokens
+
+
+# The linear layers that a LoRA adapter of this model should target.
+LORA_TARGET_MODULES = ["c_attn", "c_proj", "c_fc"]
+
+# Fixed in every IndexTTS2 checkpoint.
+_CONFORMER_KERNEL_SIZE = 15
+_PERCEIVER_NUM_LAYERS = 2
+_PERCEIVER_HEAD_DIM = 64
+
+
+@dataclass
+class IndexTTS2T2SOutput(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            `semantic_loss + text_loss_weight * text_loss`, when `labels` are given.
+        semantic_loss, text_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Mean cross-entropy per token, in nats, the stop token counted.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_rows, semantic_vocab_size)`):
+            Semantic logits. Row 0 belongs to the start token and predicts the first code.
+        text_logits (`torch.FloatTensor` of shape `(batch_size, text_length + 2, text_vocab_size)`, *optional*):
+            Text logits of the rows start, text, stop (right-padded), when `labels` are given.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_rows, hidden_size)`):
+            Normalised states of the rows of `logits`. Without the last row they are the `t2s_hidden_states` of the codes:
+            row `i` is the state from which code `i` is predicted.
+        past_key_values (`Cache`, *optional*):
+            Key/value cache of the trunk.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
+            States and attention weights of the trunk's blocks, when asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    semantic_loss: torch.FloatTensor | None = None
+    text_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    text_logits: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def sinusoidal_positions(length: int, size: int, device: torch.device) -> torch.Tensor:
+    """Table of sines (even channels) and cosines (odd channels) of shape `(length, size)`, in float32."""
+    positions = torch.arange(length, dtype=torch.float32, device=device)[:, None]
+    rates = torch.exp(torch.arange(0, size, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / size))
+    return torch.stack([torch.sin(positions * rates), torch.cos(positions * rates)], dim=-1).flatten(1)
+
+
+class ConvSubsampling(nn.Module):
+    """Halves the frame rate: a 3x3 convolution of stride 2 over time and features, then a projection."""
+
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(1, hidden_size, kernel_size=3, stride=2)
+        self.linear = nn.Linear(hidden_size * ((input_size - 1) // 2), hidden_size)
+        self.scale = math.sqrt(hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden_states = F.relu(self.conv(features[:, None]))
+        hidden_states = hidden_states.transpose(1, 2).flatten(2)
+        return self.linear(hidden_states) * self.scale
+
+
+class ConformerAttention(nn.Module):
+    """Self-attention with a learnt bias and a position term. The term depends on the key's absolute position alone."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.position_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.content_bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
+        self.position_bias = nn.Parameter(torch.zeros(num_heads, self.head_dim))
+
+    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        batch_size, length, _ = hidden_states.shape
+        shape = (batch_size, length, self.num_heads, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape)
+        key = self.k_proj(hidden_states).view(shape)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        position = self.position_proj(positions).view(1, length, self.num_heads, self.head_dim).expand(shape)
+
+        # (q + u) k + (q + v) p is one product of twice the width. Parity: without the relative shift.
+        query = torch.cat([query + self.content_bias, query + self.position_bias], dim=-1).transpose(1, 2)
+        key = torch.cat([key, position], dim=-1).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if mask is None else mask[:, None, None], scale=self.head_dim**-0.5
+        )
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class ConformerConvolution(nn.Module):
+    """Gated depthwise convolution over time."""
+
+    def __init__(self, hidden_size: int, layer_norm_epsilon: float):
+        super().__init__()
+        self.pointwise_conv1 = nn.Conv1d(hidden_size, 2 * hidden_size, kernel_size=1)
+        self.depthwise_conv = nn.Conv1d(
+            hidden_size,
+            hidden_size,
+            kernel_size=_CONFORMER_KERNEL_SIZE,
+            padding=(_CONFORMER_KERNEL_SIZE - 1) // 2,
+            groups=hidden_size,
+        )
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_epsilon)
+        self.pointwise_conv2 = nn.Conv1d(hidden_size, hidden_size, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        hidden_states = F.glu(self.pointwise_conv1(hidden_states.transpose(1, 2)), dim=1)
+        if mask is not None:
+            # The original zeroes before the first convolution, whose bias then leaks from padding into valid frames.
+            hidden_states = hidden_states * mask[:, None]
+        hidden_states = self.depthwise_conv(hidden_states)
+        hidden_states = F.silu(self.norm(hidden_states.transpose(1, 2))).transpose(1, 2)
+        return self.pointwise_conv2(hidden_states).transpose(1, 2)
+
+
+class ConformerLayer(nn.Module):
+    """Attention, convolution, feed-forward, each with a norm before it, and a norm after all."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, layer_norm_epsilon: float):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=layer_norm_epsilon)
+        self.attention = ConformerAttention(hidden_size, num_heads)
+        self.convolution_norm = nn.LayerNorm(hidden_size, eps=layer_norm_epsilon)
+        self.convolution = ConformerConvolution(hidden_size, layer_norm_epsilon)
+        self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=layer_norm_epsilon)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(hidden_size, intermediate_size), nn.SiLU(), nn.Linear(intermediate_size, hidden_size)
+        )
+        self.final_norm = nn.LayerNorm(hidden_size, eps=layer_norm_epsilon)
+
+    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), positions, mask)
+        hidden_states = hidden_states + self.convolution(self.convolution_norm(hidden_states), mask)
+        hidden_states = hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
+        return self.final_norm(hidden_states)
+
+
+class Conformer(nn.Module):
+    """Conformer encoder at half the frame rate of its input."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_layers: int,
+        num_heads: int,
+        layer_norm_epsilon: float,
+    ):
+        super().__init__()
+        self.subsampling = ConvSubsampling(input_size, hidden_size)
+        self.layers = nn.ModuleList(
+            [ConformerLayer(hidden_size, intermediate_size, num_heads, layer_norm_epsilon) for _ in range(num_layers)]
+        )
+        self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_epsilon)
+
+    def forward(
+        self, features: torch.Tensor, lengths: torch.LongTensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(batch_size, num_frames, input_size)`): at least 3 frames.
+            lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*): valid frames; all by default.
+
+        Returns:
+            `(batch_size, (num_frames - 1) // 2, hidden_size)` and the mask of its valid frames, `None` if all are.
+        """
+        hidden_states = self.subsampling(features)
+        mask = None
+        if lengths is not None:
+            steps = torch.arange(hidden_states.shape[1], device=features.device)
+            mask = steps < ((lengths - 1) // 2)[:, None]
+        positions = sinusoidal_positions(*hidden_states.shape[1:], hidden_states.device).to(hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, positions, mask)
+        return self.norm(hidden_states), mask
+
+
+class PerceiverLayer(nn.Module):
+    """Latents look at the context and at themselves; gated feed-forward. No norms inside."""
+
+    def __init__(self, size: int, num_heads: int, intermediate_size: int):
+        super().__init__()
+        self.num_heads = num_heads
+        inner_size = num_heads * _PERCEIVER_HEAD_DIM
+        self.q_proj = nn.Linear(size, inner_size, bias=False)
+        self.kv_proj = nn.Linear(size, 2 * inner_size, bias=False)
+        self.out_proj = nn.Linear(inner_size, size, bias=False)
+        self.up_proj = nn.Linear(size, 2 * intermediate_size)
+        self.down_proj = nn.Linear(intermediate_size, size)
+
+    def forward(self, latents: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        query = self.q_proj(latents).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key, value = (
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for states in self.kv_proj(torch.cat([latents, context], dim=1)).chunk(2, dim=-1)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        latents = latents + self.out_proj(attended.transpose(1, 2).flatten(2))
+        content, gate = self.up_proj(latents).chunk(2, dim=-1)
+        return latents + self.down_proj(content * F.gelu(gate))
+
+
+class PerceiverResampler(nn.Module):
+    """Sums up a sequence of any length in a fixed number of latents."""
+
+    def __init__(self, context_size: int, size: int, num_latents: int, num_heads: int, mult: int):
+        super().__init__()
+        self.latents = nn.Parameter(torch.zeros(num_latents, size))
+        self.context_proj = nn.Linear(context_size, size)
+        intermediate_size = int(size * mult * 2 / 3)
+        self.layers = nn.ModuleList(
+            [PerceiverLayer(size, num_heads, intermediate_size) for _ in range(_PERCEIVER_NUM_LAYERS)]
+        )
+        self.gamma = nn.Parameter(torch.ones(size))
+
+    def forward(self, context: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`(batch_size, num_frames, context_size)` to `(batch_size, num_latents, size)`; `mask` is that of the frames."""
+        context = self.context_proj(context)
+        latents = self.latents.expand(context.shape[0], -1, -1)
+        if mask is not None:
+            mask = F.pad(mask, (latents.shape[1], 0), value=True)[:, None, None]
+        for layer in self.layers:
+            latents = layer(latents, context, mask)
+        return F.normalize(latents, dim=-1) * math.sqrt(latents.shape[-1]) * self.gamma
+
+
+class EmotionPrototypes(nn.Module):
+    """
+    Stored emotion vectors of several speakers for each of the eight emotions. Of every emotion, the one is used whose speaker
+    sounds most like the voice.
+    """
+
+    def __init__(self, counts: list[int], speaker_embed_dim: int, hidden_size: int):
+        super().__init__()
+        self.counts = list(counts)
+        self.register_buffer("speaker_embeds", torch.zeros(sum(counts), speaker_embed_dim))
+        self.register_buffer("emotion_embeds", torch.zeros(sum(counts), hidden_size))
+
+    def nearest(self, speaker_embeds: torch.Tensor) -> torch.LongTensor:
+        """Row of each emotion's nearest speaker, by cosine: `(batch_size, speaker_embed_dim)` to `(batch_size, 8)`."""
+        similarity = F.cosine_similarity(speaker_embeds.float()[:, None], self.speaker_embeds.float()[None], dim=-1)
+        starts = [sum(self.counts[:index]) for index in range(len(self.counts))]
+        groups = similarity.split(self.counts, dim=-1)
+        return torch.stack([group.argmax(dim=-1) + start for group, start in zip(groups, starts, strict=True)], dim=-1)
+
+    def forward(self, emotion_weights: torch.Tensor, speaker_embeds: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the nearest prototypes, `(batch_size, hidden_size)`."""
+        prototypes = self.emotion_embeds[self.nearest(speaker_embeds)]
+        return (emotion_weights.to(prototypes.dtype)[..., None] * prototypes).sum(dim=1)
+
+
+class IndexTTS2T2SPreTrainedModel(PreTrainedModel):
+    config: IndexTTS2T2SConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPT2Block", "ConformerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": GPT2Block,
+        "attentions": OutputRecorder(GPT2Attention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Conv1D):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, ConformerAttention):
+            init.normal_(module.content_bias, mean=0.0, std=std)
+            init.normal_(module.position_bias, mean=0.0, std=std)
+        elif isinstance(module, PerceiverResampler):
+            init.normal_(module.latents, mean=0.0, std=std)
+            init.ones_(module.gamma)
+        elif isinstance(module, EmotionPrototypes):
+            init.zeros_(module.speaker_embeds)
+            init.zeros_(module.emotion_embeds)
+        elif isinstance(module, IndexTTS2T2SForConditionalGeneration):
+            init.zeros_(module.slot_embedding.weight)
+        if isinstance(module, GPT2Attention | GPT2MLP):
+            # GPT-2: residual branches start smaller, by the square root of their number.
+            init.normal_(module.c_proj.weight, mean=0.0, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+
+
+class IndexTTS2T2SModel(IndexTTS2T2SPreTrainedModel):
+    """The trunk: GPT-2 blocks over embeddings that already hold their positions, and two norms in series."""
+
+    def __init__(self, config: IndexTTS2T2SConfig):
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.layers = nn.ModuleList([GPT2Block(config, layer_idx=index) for index in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Rows to read, with their position embeddings.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                1 for rows that may be seen.
+            past_key_values (`Cache`, *optional*):
+                Keys and values of the rows before.
+            use_cache (`bool`, *optional*):
+                Whether to return the cache; `config.use_cache` by default.
+
+        Returns:
+            `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `inputs_embeds`.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        hidden_states = self.dropout(inputs_embeds)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                past_key_values=past_key_values,
+                attention_mask=causal_mask,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        # Parity: GPT-2's own last norm and a second one behind it.
+        hidden_states = self.final_norm(self.norm(hidden_states))
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        )
+
+
+class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS2GenerationMixin):
+    r"""
+    Text and a voice to semantic tokens. The sequence is
+
+    `[speaker latents + emotion][slot one][slot two][start, text, stop][start, semantic tokens]`
+
+    where slot one holds the asked length or a fixed learnt row (`config.use_length_row`). `prepare_prefix` makes all of it up
+    to the semantic start token; `generate` and `forward` go on from there.
+    """
+
+    def __init__(self, config: IndexTTS2T2SConfig):
+        super().__init__(config)
+        self.speaker_conformer = Conformer(
+            config.feature_size,
+            config.speaker_conformer_hidden_size,
+            config.speaker_conformer_intermediate_size,
+            config.speaker_conformer_num_layers,
+            config.speaker_conformer_num_heads,
+            config.layer_norm_epsilon,
+        )
+        self.speaker_perceiver = PerceiverResampler(
+            config.speaker_conformer_hidden_size,
+            config.hidden_size,
+            config.speaker_num_latents,
+            config.speaker_conformer_num_heads,
+            config.perceiver_mult,
+        )
+        self.emotion_conformer = Conformer(
+            config.feature_size,
+            config.emotion_conformer_hidden_size,
+            config.emotion_conformer_intermediate_size,
+            config.emotion_conformer_num_layers,
+            config.emotion_conformer_num_heads,
+            config.layer_norm_epsilon,
+        )
+        self.emotion_perceiver = PerceiverResampler(
+            config.emotion_conformer_hidden_size,
+            config.feature_size,
+            1,
+            config.emotion_conformer_num_heads,
+            config.perceiver_mult,
+        )
+        self.emotion_in_proj = nn.Linear(config.feature_size, config.hidden_size)
+        self.emotion_out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.emotion_prototypes = EmotionPrototypes(
+            config.emotion_prototype_counts, config.speaker_embed_dim, config.hidden_size
+        )
+
+        self.slot_embedding = nn.Embedding(2, config.hidden_size)
+        self.text_embedding = nn.Embedding(config.text_vocab_size, config.hidden_size)
+        self.text_position_embedding = nn.Embedding(config.num_text_positions, config.hidden_size)
+        self.semantic_embedding = nn.Embedding(config.semantic_vocab_size, config.hidden_size)
+        self.semantic_position_embedding = nn.Embedding(config.num_semantic_positions, config.hidden_size)
+
+        self.model = IndexTTS2T2SModel(config)
+        self.text_head = nn.Linear(config.hidden_size, config.text_vocab_size)
+        self.semantic_head = nn.Linear(config.hidden_size, config.semantic_vocab_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.semantic_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.semantic_embedding = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.semantic_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.semantic_head = new_embeddings
+
+    def encode_speaker(
+        self, speaker_features: torch.Tensor, speaker_feature_lengths: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        r"""
+        The voice as prefix rows.
+
+        Args:
+            speaker_features (`torch.Tensor` of shape `(batch_size, num_frames, feature_size)`):
+                Semantic features of the voice, at least 3 frames.
+            speaker_feature_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Valid frames of each row; all by default.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, speaker_num_latents, hidden_size)`: `speaker_latents`.
+        """
+        return self.speaker_perceiver(*self.speaker_conformer(speaker_features, speaker_feature_lengths))
+
+    def encode_emotion(
+        self, emotion_features: torch.Tensor, emotion_feature_lengths: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        r"""
+        The emotion of a recording as one vector.
+
+        Args:
+            emotion_features (`torch.Tensor` of shape `(batch_size, num_frames, feature_size)`):
+                Semantic features of the emotion reference, at least 3 frames.
+            emotion_feature_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Valid frames of each row; all by default.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, hidden_size)`: `emotion_embeds`.
+        """
+        latents = self.emotion_perceiver(*self.emotion_conformer(emotion_features, emotion_feature_lengths))
+        return self.emotion_out_proj(self.emotion_in_proj(latents[:, 0]))
+
+    def mix_emotion(
+        self, base_embeds: torch.Tensor, emotion_embeds: torch.Tensor, emotion_strength: torch.Tensor | float = 1.0
+    ) -> torch.Tensor:
+        """
+        From the voice's own emotion (`base_embeds`, strength 0) to that of the reference (strength 1); shapes
+        `(batch_size, hidden_size)`, strength a number or `(batch_size, 1)`.
+        """
+        return base_embeds + emotion_strength * (emotion_embeds - base_embeds)
+
+    def weigh_emotion(
+        self, emotion_weights: torch.Tensor, speaker_embeds: torch.Tensor, base_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        r"""
+        The emotion that eight weights describe; what they leave of 1 goes to the voice's own emotion.
+
+        Args:
+            emotion_weights (`torch.Tensor` of shape `(batch_size, 8)`):
+                Happy, angry, sad, afraid, disgusted, melancholic, surprised, calm. A sum above 1 gives `base_embeds` a
+                negative weight, as in the original.
+            speaker_embeds (`torch.Tensor` of shape `(batch_size, speaker_embed_dim)`):
+                Global voice vector, by which the prototypes are chosen.
+            base_embeds (`torch.Tensor` of shape `(batch_size, hidden_size)`):
+                The voice's own emotion, from `encode_emotion`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, hidden_size)`: `emotion_embeds`.
+        """
+        weights = emotion_weights.to(base_embeds.dtype)
+        return (
+            self.emotion_prototypes(weights, speaker_embeds) + (1.0 - weights.sum(dim=1, keepdim=True)) * base_embeds
+        )
+
+    def prepare_prefix(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        speaker_latents: torch.Tensor | None = None,
+        emotion_embeds: torch.Tensor | None = None,
+        num_semantic_tokens: int | list[int | None] | torch.Tensor | None = None,
+        duration_conditioning: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        r"""
+        Everything before the first semantic token, as embeddings: voice, length, text, semantic start token.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, text_length)`):
+                Text ids; start and stop ids among them are dropped.
+            attention_mask (`torch.Tensor` of shape `(batch_size, text_length)`, *optional*):
+                1 for text, 0 for padding on any side.
+            speaker_latents (`torch.Tensor` of shape `(batch_size, speaker_num_latents, hidden_size)`):
+                Voice, from `encode_speaker`.
+            emotion_embeds (`torch.Tensor` of shape `(batch_size, hidden_size)`, *optional*):
+                Emotion; none is added when it is missing.
+            num_semantic_tokens (`int`, `list[int | None]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Length to write into slot one; `None` for a free length.
+            duration_conditioning (`bool`, *optional*):
+                Whether the length is written at all; `config.use_length_row` by default.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`, rows that are shorter padded with zeros on the
+            left, and its mask of shape `(batch_size, prefix_length)`.
+
+        Raises:
+            ValueError: no voice, a text longer than the position table, or a length beyond its table.
+        """
+        if speaker_latents is None:
+            raise ValueError("There is no voice: `speaker_latents` is missing. Make it with `encode_speaker`.")
+        config = self.config
+        batch_size, text_length = input_ids.shape
+        if text_length > config.max_text_tokens:
+            raise ValueError(
+                f"The text has {text_length} tokens but this checkpoint has positions for {config.max_text_tokens}. "
+                "Split it with `processor.split_text`."
+            )
+
+        condition = speaker_latents if emotion_embeds is None else speaker_latents + emotion_embeds[:, None]
+        slots = self._length_slots(batch_size, num_semantic_tokens, duration_conditioning)
+        text_ids, num_kept = self._frame_text(input_ids, attention_mask)
+        text_positions = torch.arange(text_length + 2, device=input_ids.device)
+        text = self.text_embedding(text_ids) + self.text_position_embedding(text_positions)
+
+        # Rows are made left-aligned and pushed to the right, so that every text ends where the semantic tokens begin.
+        rows = torch.cat([condition, slots, text], dim=1)
+        steps = torch.arange(rows.shape[1], device=rows.device)
+        source = steps - (text_length - num_kept)[:, None]
+        is_real = source >= 0
+        rows = rows.gather(1, source.clamp(min=0)[..., None].expand_as(rows)) * is_real[..., None]
+
+        start = self._embed_semantic(
+            input_ids.new_full((batch_size, 1), config.semantic_start_token_id), input_ids.new_zeros((1, 1))
+        )
+        return torch.cat([rows, start], dim=1), F.pad(is_real, (0, 1), value=True).long()
+
+    def _length_slots(
+        self,
+        batch_size: int,
+        num_semantic_tokens: int | list[int | None] | torch.Tensor | None,
+        duration_conditioning: bool | None,
+    ) -> torch.Tensor:
+        """The two rows between the voice and the text, `(batch_size, 2, hidden_size)`."""
+        counts = check_num_semantic_tokens(num_semantic_tokens)
+        counts = counts if isinstance(counts, list) else [counts] * batch_size
+        if len(counts) != batch_size:
+            raise ValueError(f"`num_semantic_tokens` has {len(counts)} counts for a batch of {batch_size} rows.")
+        if max((count or 0) for count in counts) > self.config.max_semantic_tokens:
+            raise ValueError(
+                f"`num_semantic_tokens` is {max(count or 0 for count in counts)} but this checkpoint has positions for at "
+                f"most {self.config.max_semantic_tokens}."
+            )
+        if duration_conditioning is None:
+            duration_conditioning = self.config.use_length_row
+
+        # Parity: the learnt rows stand in the order 1, 0.
+        free, last = self.slot_embedding.weight[1], self.slot_embedding.weight[0]
+        if self.config.use_length_row:
+            free = torch.zeros_like(free)
+        first = free.expand(batch_size, -1)
+        if duration_conditioning:
+            # Paper, section 3.1.1: the length table is the semantic position table.
+            lengths = torch.tensor([count or 0 for count in counts], device=free.device)
+            first = torch.where((lengths > 0)[:, None], self.semantic_position_embedding(lengths), first)
+        return torch.stack([first, last.expand(batch_size, -1)], dim=1)
+
+    def _frame_text(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Text between start and stop, left-aligned, stop-padded: `(batch_size, text_length + 2)`, and its kept counts."""
+        config = self.config
+        is_text = (input_ids != config.text_start_token_id) & (input_ids != config.text_stop_token_id)
+        if attention_mask is not None:
+            is_text = is_text & attention_mask.bool()
+        order = torch.argsort(is_text.logical_not().long(), dim=1, stable=True)
+        num_kept = is_text.sum(dim=1)
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        text_ids = torch.where(
+            steps < num_kept[:, None],
+            input_ids.gather(1, order),
+            torch.full_like(input_ids, config.text_stop_token_id),
+        )
+        text_ids = F.pad(text_ids, (1, 0), value=config.text_start_token_id)
+        return F.pad(text_ids, (0, 1), value=config.text_stop_token_id), num_kept
+
+    def _embed_semantic(self, semantic_ids: torch.LongTensor, position_ids: torch.LongTensor) -> torch.Tensor:
+        return self.semantic_embedding(semantic_ids) + self.semantic_position_embedding(position_ids)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        speaker_features: torch.Tensor | None = None,
+        speaker_feature_lengths: torch.LongTensor | None = None,
+        emotion_features: torch.Tensor | None = None,
+        emotion_feature_lengths: torch.LongTensor | None = None,
+        speaker_latents: torch.Tensor | None = None,
+        emotion_embeds: torch.Tensor | None = None,
+        num_semantic_tokens: torch.LongTensor | None = None,
+        semantic_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> IndexTTS2T2SOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, text_length)`, *optional*):
+                Text ids without start and stop.
+            attention_mask (`torch.Tensor`, *optional*):
+                With `input_ids`, the mask of the text. With `inputs_embeds`, the mask of that prefix; in cached steps, of
+                everything so far.
+            speaker_features, emotion_features (`torch.Tensor` of shape `(batch_size, num_frames, feature_size)`, *optional*):
+                Semantic features of the voice and of the emotion reference, encoded here (training).
+            speaker_feature_lengths, emotion_feature_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Their valid frames.
+            speaker_latents, emotion_embeds (`torch.Tensor`, *optional*):
+                The same, already encoded; see `prepare_prefix`.
+            num_semantic_tokens (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Lengths for slot one, 0 where the length is free; without it all are free.
+            semantic_ids (`torch.LongTensor` of shape `(batch_size, num_semantic_tokens)`, *optional*):
+                Codes to read after the start token; from `labels` when missing.
+            position_ids (`torch.LongTensor` of shape `(batch_size, num_semantic_tokens)`, *optional*):
+                Rows of the semantic position table for `semantic_ids`; 1, 2, 3 … by default.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`, *optional*):
+                A prefix made by `prepare_prefix`, instead of text, voice and emotion.
+            past_key_values (`Cache`, *optional*):
+                Cache of everything before `semantic_ids`.
+            use_cache (`bool`, *optional*):
+                Whether to return the cache.
+            labels (`torch.LongTensor` of shape `(batch_size, num_semantic_tokens)`, *optional*):
+                Codes to learn, without start and stop, -100 where a row has ended. Needs `input_ids`.
+            logits_to_keep (`int`, defaults to 0):
+                Computes the logits of that many last rows only; 0 for all.
+
+        Returns:
+            [`IndexTTS2T2SOutput`]
+
+        Raises:
+            ValueError: nothing to read, or labels without text.
+        """
+        is_first = inputs_embeds is not None or input_ids is not None
+        if not is_first and past_key_values is None:
+            raise ValueError("`forward` needs text (`input_ids`) or a prefix (`inputs_embeds`), but got neither.")
+        if labels is not None and semantic_ids is None:
+            semantic_ids = labels.masked_fill(labels < 0, self.config.semantic_stop_token_id)
+
+        text = None
+        if is_first and inputs_embeds is None:
+            if speaker_latents is None and speaker_features is not None:
+                speaker_latents = self.encode_speaker(speaker_features, speaker_feature_lengths)
+            if emotion_embeds is None and emotion_features is not None:
+                emotion_embeds = self.encode_emotion(emotion_features, emotion_feature_lengths)
+            if isinstance(num_semantic_tokens, torch.Tensor):
+                num_semantic_tokens = [count or None for count in num_semantic_tokens.tolist()]
+            text = (input_ids, attention_mask)
+            inputs_embeds, attention_mask = self.prepare_prefix(
+                input_ids, attention_mask, speaker_latents, emotion_embeds, num_semantic_tokens
+            )
+        if labels is not None and text is None:
+            raise ValueError("The loss needs the text: give `input_ids` instead of `inputs_embeds`.")
+
+        parts = [] if inputs_embeds is None else [inputs_embeds]
+        if semantic_ids is not None:
+            if position_ids is None:
+                position_ids = torch.arange(1, semantic_ids.shape[1] + 1, device=semantic_ids.device)[None]
+            parts.append(self._embed_semantic(semantic_ids, position_ids))
+            if is_first and attention_mask is not None:
+                attention_mask = F.pad(attention_mask, (0, semantic_ids.shape[1]), value=1)
+        embeds = torch.cat(parts, dim=1)
+
+        outputs = self.model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        # Semantic rows: the start token, which ends the prefix, and the codes behind it; in cached steps the codes alone.
+        num_rows = (semantic_ids.shape[1] if semantic_ids is not None else 0) + int(is_first)
+        hidden_states = outputs.last_hidden_state[:, -num_rows:]
+        logits = self.semantic_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
+
+        loss = semantic_loss = text_loss = text_logits = None
+        if labels is not None:
+            semantic_loss = self._semantic_loss(logits, labels)
+            prefix_states = outputs.last_hidden_state[:, :-num_rows]
+            text_loss, text_logits = self._text_loss(prefix_states, *text)
+            loss = semantic_loss + self.config.text_loss_weight * text_loss
+        return IndexTTS2T2SOutput(
+            loss=loss,
+            semantic_loss=semantic_loss,
+            text_loss=text_loss,
+            logits=logits,
+            text_logits=text_logits,
+            last_hidden_state=hidden_states,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _semantic_loss(self, logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Row `i` predicts code `i`; the row of the last code predicts the stop token."""
+        targets = F.pad(labels, (0, 1), value=-100)
+        num_codes = (labels >= 0).sum(dim=1, keepdim=True)
+        targets = targets.scatter(1, num_codes, self.config.semantic_stop_token_id)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    def _text_loss(
+        self, prefix_states: torch.Tensor, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each text row predicts the next id, the last one the stop token."""
+        text_ids, num_kept = self._frame_text(input_ids, attention_mask)
+        # The text ends the prefix; its rows are taken left-aligned again.
+        num_rows = text_ids.shape[1]
+        steps = torch.arange(num_rows, device=input_ids.device)
+        source = prefix_states.shape[1] - num_kept[:, None] - 2 + steps
+        source = source.clamp(max=prefix_states.shape[1] - 1)[..., None].expand(-1, -1, prefix_states.shape[2])
+        text_logits = self.text_head(prefix_states.gather(1, source))
+        targets = text_ids[:, 1:].masked_fill(steps[:-1] > num_kept[:, None], -100)
+        loss = F.cross_entropy(text_logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return loss, text_logits
+
+
+__all__ = [
+    "IndexTTS2T2SForConditionalGeneration",
+    "IndexTTS2T2SModel",
+    "IndexTTS2T2SOutput",
+    "IndexTTS2T2SPreTrainedModel",
+]

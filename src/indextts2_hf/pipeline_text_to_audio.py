@@ -1,0 +1,220 @@
+"""
+The front door: `IndexTTS2TextToAudioPipeline`, text to speech with a voice, an emotion and a length, all by name.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import TextToAudioPipeline
+from transformers.pipelines.text_to_audio import AudioOutput
+
+from .emotion import EmotionTextModel
+from .modeling_indextts2 import IndexTTS2ForTextToWaveform, IndexTTS2Segment
+from .processing_indextts2 import EmotionWeights, IndexTTS2Processor
+
+
+# Arguments of the processor and of this pipeline's own steps; all others go to the model.
+_PREPROCESS_NAMES = ("emotion_weights", "emotion_text", "max_text_tokens", "quick_streaming_tokens")
+
+
+class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
+    r"""
+    Text-to-speech with IndexTTS2. Made by
+    `pipeline("text-to-speech", model=FOLDER, pipeline_class=IndexTTS2TextToAudioPipeline)` or by `from_pretrained`.
+
+    Everything that the stock pipeline takes keeps working; in addition the arguments of `__call__` have names.
+
+    Args:
+        emotion_text_model ([`EmotionTextModel`], *optional*):
+            Language model that reads `emotion_text`; by default the checkpoint's own, loaded when it is first needed.
+    """
+
+    def __init__(self, *args: Any, emotion_text_model: EmotionTextModel | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.emotion_text_model = emotion_text_model
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
+    ) -> "IndexTTS2TextToAudioPipeline":
+        """The pipeline of a checkpoint; `kwargs` go to [`IndexTTS2ForTextToWaveform.from_pretrained`]."""
+        model = IndexTTS2ForTextToWaveform.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub_names = ("cache_dir", "local_files_only", "token", "revision")
+        processor = IndexTTS2Processor.from_pretrained(
+            pretrained_model_name_or_path, **{name: kwargs[name] for name in hub_names if name in kwargs}
+        )
+        return cls(model=model, processor=processor, tokenizer=processor.tokenizer, device=device)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Writes the whole checkpoint folder: model, processor and, where one was loaded, the emotion language model."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        if self.emotion_text_model is not None:
+            self.emotion_text_model.save_pretrained(save_directory)
+
+    def __call__(
+        self,
+        text: str | list[str],
+        *,
+        voice: Any = None,
+        emotion_audio: Any = None,
+        emotion_weights: EmotionWeights | Sequence[EmotionWeights | None] | None = None,
+        emotion_text: str | list[str] | bool | None = None,
+        emotion_strength: float = 1.0,
+        duration_s: float | list[float | None] | None = None,
+        num_semantic_tokens: int | list[int | None] | None = None,
+        seed: int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> AudioOutput | list[AudioOutput]:
+        r"""
+        Speech for one text or a batch of texts.
+
+        Args:
+            text (`str` or `list[str]`):
+                What to say, of any length. A list is spoken as one batch.
+            voice (*optional*):
+                Who speaks: a `VoicePrompt`, the name of a voice of the checkpoint, the path of a saved voice
+                (`.safetensors`), or a recording (path, bytes, `(array, rate)`, audio `dict`). A list holds one for each
+                text. The checkpoint's default voice otherwise.
+            emotion_audio (*optional*):
+                A recording whose emotion is taken, in the same forms; a list holds one (or `None`) for each text.
+            emotion_weights (*optional*):
+                Eight intensities (happy, angry, sad, afraid, disgusted, melancholic, surprised, calm) from 0 to 1.2, or a
+                `dict` with names; a list of them holds one (or `None`) for each text.
+            emotion_text (`str`, `list[str]` or `True`, *optional*):
+                A description of the emotion, read by the checkpoint's emotion language model; `True` takes the text itself.
+            emotion_strength (`float`, defaults to 1.0):
+                0–1, how much of the emotion is used.
+            duration_s (`float`, or one (or `None`) for each text, *optional*):
+                Exact length of the speech in seconds, pauses included.
+            num_semantic_tokens (`int`, or one (or `None`) for each text, *optional*):
+                Exact number of semantic tokens.
+            seed (`int`, or one for each text, *optional*):
+                Makes the same call give the same audio.
+            kwargs:
+                Other arguments of [`~IndexTTS2ForTextToWaveform.stream`] (`num_inference_steps`, `guidance_scale`,
+                `segment_silence_s`, `segment_batch_size` …), generation settings (`temperature`, `num_beams` …),
+                `max_text_tokens`, and those of the stock pipeline.
+
+        Returns:
+            A `dict` with `audio`, a float32 array of shape `(num_samples,)`, and `sampling_rate`; for a list of texts a list
+            of them.
+
+        Raises:
+            ValueError: an input or option cannot be used; the message says which, and what to do.
+        """
+        arguments = self._named(
+            voice=voice,
+            emotion_audio=emotion_audio,
+            emotion_weights=emotion_weights,
+            emotion_text=emotion_text,
+            emotion_strength=emotion_strength,
+            duration_s=duration_s,
+            num_semantic_tokens=num_semantic_tokens,
+            seed=seed,
+            **kwargs,
+        )
+        if isinstance(text, list) and all(isinstance(item, str) for item in text):
+            # The stock pipeline takes the items of a list one by one; here they are one batch.
+            preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**arguments)
+            inputs = self.preprocess(text, **(self._preprocess_params | preprocess_params))
+            outputs = self.forward(inputs, **(self._forward_params | forward_params))
+            return [self.postprocess({"audio": [audio]}, **postprocess_params) for audio in outputs["audio"]]
+        return super().__call__(text, **arguments)
+
+    def stream(self, text: str | list[str], **kwargs: Any) -> Iterator[IndexTTS2Segment]:
+        """
+        The same, segment by segment, each as soon as it is ready: yields [`IndexTTS2Segment`], whose `audio` is a tensor
+        without the pauses. Takes the arguments of `__call__`.
+        """
+        preprocess_params, forward_params, _ = self._sanitize_parameters(**self._named(**kwargs))
+        with self.device_placement():
+            inputs = self._ensure_tensor_on_device(self.preprocess(text, **preprocess_params), device=self.device)
+            arguments = {**forward_params["forward_params"], **forward_params["generate_kwargs"]}
+            yield from self.model.stream(**inputs, **self._resolve(arguments))
+
+    @staticmethod
+    def _named(**kwargs: Any) -> dict[str, Any]:
+        """Arguments that were really given."""
+        return {name: value for name, value in kwargs.items() if value is not None}
+
+    def _sanitize_parameters(
+        self,
+        preprocess_params: dict[str, Any] | None = None,
+        forward_params: dict[str, Any] | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess_params = dict(preprocess_params or {})
+        preprocess_params |= {name: kwargs.pop(name) for name in _PREPROCESS_NAMES if name in kwargs}
+        if "emotion_strength" in kwargs:
+            preprocess_params.setdefault("emotion_strength", kwargs["emotion_strength"])
+        return super()._sanitize_parameters(
+            preprocess_params=preprocess_params,
+            forward_params={**kwargs, **(forward_params or {})},
+            generate_kwargs=generate_kwargs,
+        )
+
+    def preprocess(self, text: str | list[str], emotion_text: str | list[str] | bool | None = None, **kwargs: Any):
+        if emotion_text is not None and emotion_text is not False:
+            if kwargs.get("emotion_weights") is not None:
+                raise ValueError("Both `emotion_text` and `emotion_weights` were given: give one emotion.")
+            texts = [text] if isinstance(text, str) else list(text)
+            described = texts if emotion_text is True else emotion_text
+            described = [described] * len(texts) if isinstance(described, str) else described
+            if self.emotion_text_model is None:
+                self.emotion_text_model = EmotionTextModel.from_pretrained(self.model.config.name_or_path)
+                self.emotion_text_model.model.to(self.device)
+            unique = list(dict.fromkeys(described))
+            weights = dict(zip(unique, self.emotion_text_model(unique), strict=True))
+            kwargs["emotion_weights"] = [weights[item].tolist() for item in described]
+        return super().preprocess(text, **kwargs)
+
+    def _forward(self, model_inputs: dict[str, Any], **kwargs: Any):
+        kwargs["forward_params"] = self._resolve({**kwargs["forward_params"], **kwargs["generate_kwargs"]}, model_inputs)
+        kwargs["generate_kwargs"] = {}
+        return super()._forward(model_inputs, **kwargs)
+
+    def _resolve(self, arguments: dict[str, Any], model_inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Voices and emotion references in any form as the values that the model takes, each recording encoded once."""
+        arguments = dict(arguments)
+        if arguments.get("emotion_audio") is not None:
+            if model_inputs is not None and "emotion_weights" in model_inputs:
+                raise ValueError("`emotion_audio` was given with another emotion: give one emotion.")
+            arguments["emotion_features"] = _each_once(arguments.pop("emotion_audio"), self.model.encode_emotion)
+        if arguments.get("voice") is not None:
+            arguments["voice"] = _each_once(arguments["voice"], self.load_voice)
+        return arguments
+
+    def load_voice(self, voice: Any) -> Any:
+        """
+        A `VoicePrompt` from any form of a voice: a `VoicePrompt`, a name of the checkpoint, a saved voice, a recording.
+        """
+        from .pipeline_s2m import VoicePrompt
+
+        if isinstance(voice, VoicePrompt):
+            return voice
+        if isinstance(voice, str) and voice in self.model.voices:
+            return self.model.voices[voice]
+        if isinstance(voice, str | os.PathLike) and str(voice).endswith(".safetensors"):
+            return VoicePrompt.load(voice)
+        if isinstance(voice, str) and not os.path.exists(voice) and not os.path.splitext(voice)[1]:
+            return self.model.get_voice(voice)
+        return self.model.encode_voice(voice)
+
+
+def _each_once(value: Any, function: Callable[[Any], Any]) -> Any:
+    """`function` of a value or of the items of a list; equal paths and identical objects are worked on once."""
+    if not isinstance(value, list):
+        return function(value)
+    done: dict[Any, Any] = {}
+    for item in value:
+        key = item if isinstance(item, str | os.PathLike) else id(item)
+        if key not in done:
+            done[key] = None if item is None else function(item)
+    return [done[item if isinstance(item, str | os.PathLike) else id(item)] for item in value]
+
+
+__all__ = ["IndexTTS2TextToAudioPipeline"]

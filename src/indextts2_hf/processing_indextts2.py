@@ -1,0 +1,147 @@
+"""
+The processor of IndexTTS2: text, recordings and emotion weights to the tensors that the model takes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from .emotion import check_emotion_weights, scale_emotion_weights
+from .feature_extraction_indextts2 import AudioInput, IndexTTS2FeatureExtractor
+
+
+EmotionWeights = Sequence[float] | Mapping[str, float] | torch.Tensor
+
+
+class IndexTTS2Processor(ProcessorMixin):
+    r"""
+    Turns what a user gives into model inputs.
+
+    Args:
+        feature_extractor ([`IndexTTS2FeatureExtractor`]): for recordings.
+        tokenizer ([`IndexTTS2Tokenizer`]): for text.
+        max_text_tokens (`int`, defaults to 120): most text tokens in one segment.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: IndexTTS2FeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        max_text_tokens: int = 120,
+    ):
+        self.max_text_tokens = max_text_tokens
+        super().__init__(feature_extractor, tokenizer)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "emotion_weights", *self.feature_extractor.model_input_names]
+
+    def split_text(self, text: str, max_text_tokens: int | None = None) -> list[str]:
+        """
+        The segments a text is spoken in, as normalised text; at most `max_text_tokens` tokens each.
+
+        Raises:
+            ValueError: there is nothing to speak.
+        """
+        segments = self.tokenizer.split_text(text, max_text_tokens or self.max_text_tokens)
+        return [self.tokenizer.convert_tokens_to_string(pieces) for pieces in segments]
+
+    def __call__(
+        self,
+        text: str | list[str],
+        speaker_audio: AudioInput | None = None,
+        emotion_audio: AudioInput | None = None,
+        emotion_weights: EmotionWeights | Sequence[EmotionWeights | None] | None = None,
+        emotion_strength: float = 1.0,
+        max_text_tokens: int | None = None,
+        quick_streaming_tokens: int = 0,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        r"""
+        Args:
+            text (`str` or `list[str]`):
+                One text or several, of any length.
+            speaker_audio (path, bytes, `(array, rate)` or audio `dict`, *optional*):
+                A recording of the voice, for all texts. Its first 15 s are used. To use it more than once, make a
+                `VoicePrompt` of it instead.
+            emotion_audio (path, bytes, `(array, rate)` or audio `dict`, *optional*):
+                A recording of the emotion, for all texts.
+            emotion_weights (eight numbers, a `dict` of names, or one of these (or `None`) for each text, *optional*):
+                Intensities in the order of `EMOTIONS`, each 0–1.2.
+            emotion_strength (`float`, defaults to 1.0):
+                0–1, how much of `emotion_weights` is used.
+            max_text_tokens (`int`, *optional*):
+                Most text tokens in one segment, instead of the processor's own.
+            quick_streaming_tokens (`int`, defaults to 0):
+                Keeps the first segments short until that many tokens have passed, for an early start.
+            return_tensors (`str`, defaults to `"pt"`):
+                Only PyTorch tensors can be had.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` of shape `(num_texts, text_length)`, padded on the left, in
+            which the end-of-sequence id separates the segments of a text; `emotion_weights` of shape `(num_texts, 8)`, scaled,
+            when they are given (NaN in rows without any); and what the feature extractor makes of the recordings.
+
+        Raises:
+            ValueError: no text, nothing in it to speak, a recording or weights that cannot be used, or two kinds of emotion.
+        """
+        if kwargs:
+            raise TypeError(f"IndexTTS2Processor takes no {', '.join(map(repr, kwargs))}.")
+        if return_tensors != "pt":
+            raise ValueError(f"`return_tensors` is {return_tensors!r}, but IndexTTS2 works with PyTorch tensors: use 'pt'.")
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
+            raise ValueError(f"`text` must be a string or a list of at least one string, but it is {text!r}.")
+        if emotion_audio is not None and emotion_weights is not None:
+            raise ValueError("Both `emotion_audio` and `emotion_weights` were given: give one emotion.")
+
+        separator = self.tokenizer.eos_token_id
+        rows = []
+        for item in texts:
+            segments = self.tokenizer.split_text(item, max_text_tokens or self.max_text_tokens, quick_streaming_tokens)
+            ids = [token_id for pieces in segments for token_id in [*self.tokenizer.convert_tokens_to_ids(pieces), separator]]
+            rows.append(ids[:-1])
+        length = max(map(len, rows))
+        data = {
+            "input_ids": torch.tensor([[self.tokenizer.pad_token_id] * (length - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+        }
+        if speaker_audio is not None or emotion_audio is not None:
+            data |= self.feature_extractor(speaker_audio=speaker_audio, emotion_audio=emotion_audio)
+        if emotion_weights is not None:
+            data["emotion_weights"] = self._weigh(emotion_weights, emotion_strength, len(texts))
+        return BatchFeature(data)
+
+    def _weigh(
+        self,
+        emotion_weights: EmotionWeights | Sequence[EmotionWeights | None],
+        emotion_strength: float,
+        num_texts: int,
+    ) -> torch.Tensor:
+        """Checked and scaled weights of shape `(num_texts, 8)`."""
+        is_one_for_each = not isinstance(emotion_weights, Mapping) and any(
+            item is None or isinstance(item, Mapping | Sequence | torch.Tensor) and not is_scalar(item)
+            for item in emotion_weights
+        )
+        given = list(emotion_weights) if is_one_for_each else [emotion_weights] * num_texts
+        if len(given) != num_texts:
+            raise ValueError(
+                f"`emotion_weights` has {len(given)} rows for {num_texts} text(s): give one for all or one for each."
+            )
+        return torch.tensor(
+            [
+                [float("nan")] * 8 if row is None else scale_emotion_weights(check_emotion_weights(row), emotion_strength)
+                for row in given
+            ]
+        )
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether `value` is a tensor that holds one number."""
+    return isinstance(value, torch.Tensor) and value.ndim == 0
+
+
+__all__ = ["IndexTTS2Processor"]

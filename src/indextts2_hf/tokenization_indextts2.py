@@ -1,0 +1,228 @@
+"""
+Text to the ids that the text-to-semantic model reads, and a long text to segments that it can speak one by one.
+
+The vocabulary is a SentencePiece model, `bpe.model`. The tokenizer adds no special tokens: the model itself puts `<s>`
+(id 0, start of text) and `</s>` (id 1, end of text) around the ids.
+"""
+
+import os
+import re
+import unicodedata
+from typing import Any
+
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+from transformers.utils import logging
+
+from .text_normalization import TextNormalizer
+
+
+logger = logging.get_logger(__name__)
+
+VOCAB_FILES_NAMES = {"vocab_file": "bpe.model"}
+
+WORD_START = "▁"
+CJK = r"[\u1100-\u11ff\u2e80-\ua4cf\ua840-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff65-\uffdc\U00020000-\U0002ffff]"
+CJK_CHARACTER = re.compile(f"({CJK})")
+SPACE_AROUND_CJK = re.compile(rf"\s*({CJK})\s*")
+
+# Parity: "▁!" is not among the ends of a sentence.
+SENTENCE_ENDS = {".", "!", "?", "▁.", "▁?", "▁..."}
+PAUSES = {",", "▁,", "-"}
+QUOTES = {"'", "▁'"}
+
+
+def pre_tokenize_cjk(text: str) -> str:
+    """
+    Sets every Chinese, Japanese and Korean character apart with single spaces, and upper-cases the rest.
+
+    `pre_tokenize_cjk("你好, world")` is `"你 好 , WORLD"`.
+    """
+    return " ".join(chunk.strip() for chunk in CJK_CHARACTER.split(text.strip()) if chunk.strip()).upper()
+
+
+def split_pieces(pieces: list[str], max_text_tokens: int = 120, quick_streaming_tokens: int = 0) -> list[list[str]]:
+    r"""
+    Cuts pieces of text into segments, at the ends of sentences, then at commas and hyphens, then anywhere.
+
+    Args:
+        pieces (`list[str]`):
+            What `IndexTTS2Tokenizer.tokenize` gives.
+        max_text_tokens (`int`, defaults to 120):
+            Most pieces in a segment, at least 1. A closing quote may come on top of it.
+        quick_streaming_tokens (`int`, defaults to 0):
+            Within this many pieces from the beginning, short parts are joined only up to half of `max_text_tokens`, so
+            that the first segments are spoken sooner.
+
+    Returns:
+        `list[list[str]]`: the segments. Joined they are the input, except for a quote that is said twice, see below.
+
+    Raises:
+        ValueError: if `max_text_tokens` is below 1.
+    """
+    if max_text_tokens < 1:
+        raise ValueError(
+            f"`max_text_tokens` is {max_text_tokens}, but a segment holds at least 1 token. The default is 120."
+        )
+
+    parts: list[list[str]] = []
+    current: list[str] = []
+    num_cut = 0
+    for index, piece in enumerate(pieces):
+        current.append(piece)
+        if piece not in PAUSES and len(current) <= max_text_tokens:
+            # Parity: an end of sentence closes a part only from the third piece on.
+            if piece not in SENTENCE_ENDS or len(current) <= 2:
+                continue
+            # Parity: a quote after it goes to this part, and once more to the beginning of the next one.
+            if index + 1 < len(pieces) and pieces[index + 1] in QUOTES:
+                current.append(pieces[index + 1])
+            parts.append(current)
+        else:
+            # Parity: a comma or hyphen always closes a part, of whatever length; so does one piece too many, which is then
+            # a part of its own.
+            parts.append(current[:max_text_tokens])
+            if len(current) > max_text_tokens:
+                parts.append(current[max_text_tokens:])
+                num_cut += 1
+        current = []
+    if current:
+        parts.append(current)
+    if num_cut:
+        logger.warning(
+            f"{num_cut} x cut inside a sentence: more than {max_text_tokens} tokens without punctuation. Shorter sentences "
+            "sound better."
+        )
+
+    segments: list[list[str]] = []
+    num_pieces = 0
+    for part in parts:
+        num_pieces += len(part)
+        length = len(segments[-1]) + len(part) if segments else 0
+        can_join = length <= max_text_tokens and num_pieces > quick_streaming_tokens
+        if segments and (can_join or length <= max_text_tokens / 2):
+            segments[-1].extend(part)
+        else:
+            segments.append(part)
+    return segments
+
+
+class IndexTTS2Tokenizer(SentencePieceBackend):
+    r"""
+    Tokenizer of IndexTTS2: normalised, upper-cased text in SentencePiece pieces. Based on SentencePiece.
+
+    Text is normalised first (`TextNormalizer`: numbers to words, which needs the extra `text`), then its Chinese characters
+    are set apart and it is upper-cased. Special tokens written in a text (`</s>`) are read as text. Characters that
+    the vocabulary lacks become `<unk>` and are named in a warning.
+
+    Args:
+        vocab_file (`str`):
+            Path of the SentencePiece model, `bpe.model`.
+        bos_token (`str`, defaults to `"<s>"`), eos_token (`str`, defaults to `"</s>"`):
+            Start and end of text, ids 0 and 1. They are added by the model, not here.
+        unk_token (`str`, defaults to `"<unk>"`):
+            Stands for what the vocabulary lacks.
+        pad_token (`str`, defaults to `"</s>"`):
+            Padding, put on the left side.
+        glossary (`dict[str, str | dict[str, str]]`, *optional*):
+            Terms and how to say them, see [`TextNormalizer`]. It is saved with the tokenizer.
+        do_normalize (`bool`, defaults to `True`):
+            Whether text is normalised. `False` for text that was normalised before.
+
+    Raises:
+        ValueError: if there is no vocabulary file, or its special tokens are not those named.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        bos_token: str = "<s>",
+        eos_token: str = "</s>",
+        unk_token: str = "<unk>",
+        pad_token: str = "</s>",
+        glossary: dict[str, str | dict[str, str]] | None = None,
+        do_normalize: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if vocab_file is None or not os.path.isfile(vocab_file):
+            raise ValueError(
+                f"`vocab_file` is {vocab_file!r}, but the tokenizer needs the path of a SentencePiece model. "
+                "It is the file `bpe.model` of a checkpoint folder."
+            )
+        self.do_normalize = do_normalize
+        self.normalizer = TextNormalizer(glossary)
+        kwargs.setdefault("split_special_tokens", True)
+        super().__init__(
+            vocab_file=vocab_file,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            unk_token=unk_token,
+            pad_token=pad_token,
+            glossary=glossary,
+            do_normalize=do_normalize,
+            **kwargs,
+        )
+        if self.added_tokens_encoder and max(self.added_tokens_encoder.values()) >= self.vocab_size:
+            missing = [token for token, token_id in self.added_tokens_encoder.items() if token_id >= self.vocab_size]
+            raise ValueError(
+                f"The vocabulary {vocab_file!r} has no {', '.join(missing)}, and the model has no place for more tokens. "
+                "Name the special tokens as they are called in that file."
+            )
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        # Parity: one character alone is looked up as it is, neither normalised nor upper-cased.
+        if len(text.strip()) != 1:
+            text = self.normalizer(text) if self.do_normalize else text
+            text = pre_tokenize_cjk(text)
+        pieces = self.sp_model.encode(text, out_type=str)
+        unknown = self._find_unknown(pieces)
+        if unknown:
+            logger.warning_once(f"Characters that the vocabulary lacks cannot be spoken: {' '.join(unknown)}")
+        return pieces
+
+    def _find_unknown(self, pieces: list[str]) -> list[str]:
+        """The characters of those pieces that the vocabulary lacks, sorted."""
+        ids = self.sp_model.piece_to_id(pieces)
+        unknown = {piece for piece, token_id in zip(pieces, ids, strict=True) if token_id == self.sp_model.unk_id()}
+        return sorted(set("".join(unknown)))
+
+    def split_text(self, text: str, max_text_tokens: int = 120, quick_streaming_tokens: int = 0) -> list[list[str]]:
+        r"""
+        Normalises and tokenizes a text of any length and cuts it into segments to be spoken one by one.
+
+        Args:
+            text (`str`):
+                The text, with something in it that can be spoken.
+            max_text_tokens (`int`, defaults to 120), quick_streaming_tokens (`int`, defaults to 0):
+                See [`split_pieces`].
+
+        Returns:
+            `list[list[str]]`: the pieces of each segment; `convert_tokens_to_ids` gives their ids.
+
+        Raises:
+            ValueError: if the text is empty or blank, or if nothing in it is known to the vocabulary but punctuation
+                (an emoji alone).
+            ImportError: if the text needs the engine of the extra `text` and it is not installed.
+        """
+        pieces = self.tokenize(text)
+        if not any(piece != WORD_START for piece in pieces):
+            raise ValueError(f"The text is {text[:50]!r}, with nothing in it to speak. Give at least one word.")
+        unknown = [character for character in self._find_unknown(pieces) if unicodedata.category(character)[0] != "P"]
+        if unknown and not any(
+            character.isalnum() for piece in pieces for character in piece if character not in unknown
+        ):
+            raise ValueError(
+                f"The text {text[:50]!r} has only characters that the vocabulary lacks ({' '.join(unknown)}), so nothing of "
+                "it can be spoken. Write it in Chinese or Latin letters."
+            )
+        return split_pieces(pieces, max_text_tokens, quick_streaming_tokens)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Readable text: the pieces joined, without the spaces around Chinese characters. It stays upper-case."""
+        return SPACE_AROUND_CJK.sub(r"\1", super().convert_tokens_to_string(tokens))
+
+
+__all__ = ["IndexTTS2Tokenizer", "pre_tokenize_cjk", "split_pieces"]

@@ -1,0 +1,214 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from indextts2_hf.modeling_vocoder import (
+    AntiAliasedSnake,
+    IndexTTS2Vocoder,
+    IndexTTS2VocoderOutput,
+    downsample_twice,
+    kaiser_sinc_filter,
+    repeat_beyond_end,
+    upsample_twice,
+    zero_beyond_end,
+)
+
+
+TINY = {
+    "num_mel_bins": 10,
+    "initial_channels": 16,
+    "upsample_rates": (4, 2),
+    "upsample_kernel_sizes": (8, 4),
+    "resblock_kernel_sizes": (3, 7),
+    "resblock_dilations": ((1, 3), (1, 5)),
+    "sampling_rate": 8000,
+}
+
+
+def tiny_vocoder(**kwargs) -> IndexTTS2Vocoder:
+    torch.manual_seed(0)
+    vocoder = IndexTTS2Vocoder(**{**TINY, **kwargs}).eval()
+    with torch.no_grad():
+        for name, parameter in vocoder.named_parameters():
+            if "log_" in name:
+                parameter.normal_(std=0.3)
+    return vocoder
+
+
+@pytest.fixture
+def vocoder() -> IndexTTS2Vocoder:
+    return tiny_vocoder()
+
+
+@pytest.fixture
+def mel() -> torch.Tensor:
+    return torch.randn(3, 19, TINY["num_mel_bins"], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_and_dtypes(vocoder, mel, dtype):
+    assert vocoder.hop_length == 8
+    output = vocoder.to(dtype)(mel.to(dtype))
+    assert isinstance(output, IndexTTS2VocoderOutput)
+    assert output.waveform.shape == (3, 19 * 8)
+    assert output.waveform.dtype == dtype
+
+
+def test_tuple_holds_the_same_value(vocoder, mel):
+    (waveform,) = vocoder(mel, return_dict=False)
+    assert torch.equal(waveform, vocoder(mel).waveform)
+
+
+def test_the_waveform_is_clipped_not_squashed(vocoder, mel):
+    quiet = vocoder(mel).waveform
+    peak = quiet.abs().max()
+    with torch.no_grad():
+        vocoder.conv_out.weight.mul_(2 / peak)
+    torch.testing.assert_close(vocoder(mel).waveform, (quiet * 2 / peak).clamp(-1, 1))
+    assert vocoder(mel).waveform.abs().max() == 1
+
+
+def test_default_is_the_released_size():
+    with torch.device("meta"):
+        vocoder = IndexTTS2Vocoder()
+    assert vocoder.hop_length == 256
+    assert sum(parameter.numel() for parameter in vocoder.parameters()) == 112_199_472
+
+
+def test_filter_is_the_published_one():
+    taps = kaiser_sinc_filter()
+    half = torch.tensor([0.00202896, 0.00938947, -0.02554346, -0.05765738, 0.12857258, 0.4432098])
+    torch.testing.assert_close(taps, torch.cat([half, half.flip(0)]), rtol=0, atol=1e-7)
+    assert taps.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_resampling_is_the_filter_on_a_replicate_padded_signal():
+    taps = kaiser_sinc_filter()
+    signal = torch.randn(2, 3, 17)
+    # Zero between the samples, then the low-pass: the definition of upsampling.
+    padded = F.pad(signal, (5, 5), mode="replicate").reshape(6, 1, -1)
+    stretched = torch.zeros(6, 1, 2 * padded.shape[-1])
+    stretched[..., ::2] = padded
+    expected = 2 * F.conv1d(stretched, taps[None, None], padding=11)[..., 15:][..., : 2 * 17].view(2, 3, -1)
+    torch.testing.assert_close(upsample_twice(signal, taps), expected)
+
+    padded = F.pad(expected, (5, 6), mode="replicate").reshape(6, 1, -1)
+    expected_down = F.conv1d(padded, taps[None, None])[..., ::2].view(2, 3, -1)
+    torch.testing.assert_close(downsample_twice(expected, taps), expected_down)
+
+
+def test_resampling_keeps_a_constant():
+    taps = kaiser_sinc_filter()
+    constant = torch.full((1, 2, 9), 0.7)
+    torch.testing.assert_close(upsample_twice(constant, taps), torch.full((1, 2, 18), 0.7), rtol=0, atol=2e-3)
+    torch.testing.assert_close(downsample_twice(constant.repeat(1, 1, 2), taps), constant)
+
+
+def test_activation_is_the_formula_between_the_filters():
+    taps = kaiser_sinc_filter()
+    activation = AntiAliasedSnake(3)
+    with torch.no_grad():
+        activation.log_alpha.copy_(torch.tensor([-0.5, 0.0, 0.7]))
+        activation.log_beta.copy_(torch.tensor([0.4, 0.0, -0.6]))
+    signal = torch.randn(2, 3, 17)
+    x = upsample_twice(signal, taps)
+    alpha, beta = activation.log_alpha.exp()[:, None], activation.log_beta.exp()[:, None]
+    expected = downsample_twice(x + torch.sin(alpha * x) ** 2 / beta, taps)
+    torch.testing.assert_close(activation(signal, taps), expected)
+
+
+def test_activation_has_the_right_gradient():
+    # The activation works in place; a wrong saved tensor would show here.
+    activation = AntiAliasedSnake(2).double()
+    taps = kaiser_sinc_filter().double()
+    signal = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: activation(x, taps), (signal,))
+    assert torch.autograd.gradcheck(lambda x: activation(x, taps, torch.tensor([5, 3])), (signal,))
+
+
+def test_what_stands_beyond_a_row_end():
+    rows = torch.arange(10.0).view(2, 1, 5)
+    lengths = torch.tensor([5, 2])
+    assert zero_beyond_end(rows, lengths).tolist() == [[[0, 1, 2, 3, 4]], [[5, 6, 0, 0, 0]]]
+    assert repeat_beyond_end(rows, lengths).tolist() == [[[0, 1, 2, 3, 4]], [[5, 6, 6, 6, 6]]]
+    assert zero_beyond_end(rows, None) is rows
+    assert repeat_beyond_end(rows, None) is rows
+
+
+@pytest.mark.parametrize("lengths", [(19, 12, 1), (7, 19, 0), (5, 5, 5)])
+def test_a_row_of_a_padded_batch_is_the_row_alone(vocoder, mel, lengths):
+    for row, length in enumerate(lengths):
+        mel[row, length:] = float("nan")
+    waveform = vocoder(mel, torch.tensor(lengths)).waveform
+    for row, length in enumerate(lengths):
+        end = length * vocoder.hop_length
+        assert waveform[row, end:].abs().sum() == 0
+        if length:
+            alone = vocoder(mel[row : row + 1, :length]).waveform[0]
+            torch.testing.assert_close(waveform[row, :end], alone, rtol=0, atol=1e-5)
+
+
+def test_full_lengths_change_nothing(vocoder, mel):
+    assert torch.equal(vocoder(mel, torch.tensor([19, 19, 19])).waveform, vocoder(mel).waveform)
+
+
+def test_gradients_reach_every_parameter(vocoder, mel):
+    vocoder.train()
+    vocoder(mel, torch.tensor([19, 12, 4])).waveform.square().sum().backward()
+    for name, parameter in vocoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(vocoder, mel):
+    lengths = torch.tensor([19, 12, 4])
+    gradients = []
+    for _ in range(2):
+        vocoder.zero_grad()
+        vocoder(mel, lengths).waveform.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in vocoder.parameters()])
+        vocoder.enable_gradient_checkpointing()
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_save_and_load(vocoder, mel, tmp_path, low_cpu_mem_usage):
+    vocoder.save_pretrained(tmp_path)
+    loaded = IndexTTS2Vocoder.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not loaded.training
+    assert loaded.hop_length == vocoder.hop_length
+    assert loaded.config.sampling_rate == TINY["sampling_rate"]
+    assert loaded.state_dict().keys() == vocoder.state_dict().keys()
+    for name, tensor in vocoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert torch.equal(loaded.filter_taps, kaiser_sinc_filter())
+    assert torch.equal(loaded(mel).waveform, vocoder(mel).waveform)
+
+
+def test_loading_in_another_dtype_casts_the_filter_too(vocoder, mel, tmp_path):
+    vocoder.save_pretrained(tmp_path)
+    loaded = IndexTTS2Vocoder.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert loaded.filter_taps.dtype == torch.bfloat16
+    assert loaded(mel.bfloat16()).waveform.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"upsample_rates": (4, 2, 2)}, "`upsample_rates` has 3 stages but `upsample_kernel_sizes` has 2"),
+        ({"resblock_dilations": ((1, 3),)}, "`resblock_kernel_sizes` has 2 blocks but `resblock_dilations` has 1"),
+        ({"upsample_kernel_sizes": (8, 5)}, "upsampling rate 2 and kernel size 5"),
+        ({"upsample_kernel_sizes": (2, 4)}, "upsampling rate 4 and kernel size 2"),
+        ({"resblock_kernel_sizes": (3, 4)}, r"`resblock_kernel_sizes` is \(3, 4\) but every size must be odd"),
+        ({"initial_channels": 18}, "`initial_channels` is 18, which cannot be halved 2 times"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_vocoder(**sizes)
+
+
+@pytest.mark.parametrize("shape", [(19, 10), (1, 10, 19)])
+def test_a_mel_of_another_shape_is_refused(vocoder, shape):
+    with pytest.raises(ValueError, match=r"`mel` has shape .* but the vocoder expects .* 10\)"):
+        vocoder(torch.zeros(shape))
