@@ -509,7 +509,9 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         """The segments of all texts, each with its share of what was asked for its text."""
         num_texts = len(input_ids)
         if not (math.isfinite(segment_silence_s) and segment_silence_s >= 0):
-            raise ValueError(f"`segment_silence_s` is {segment_silence_s}, but it must be a number of seconds, 0 or more.")
+            raise ValueError(
+                f"`segment_silence_s` is {segment_silence_s}, but it must be a number of seconds, 0 or more."
+            )
         counts = _one_for_each("num_semantic_tokens", num_semantic_tokens, num_texts)
         durations = _one_for_each("duration_s", duration_s, num_texts)
         separators = {self.t2s.config.text_start_token_id, self.t2s.config.text_stop_token_id}
@@ -689,7 +691,8 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         batch_seed = None
         if settings.do_sample and settings.num_beams == 1:
             generators = [
-                row_generator(seed, row.segment_index, "t2s", t2s.device) for seed, row in zip(seeds, rows, strict=True)
+                row_generator(seed, row.segment_index, "t2s", t2s.device)
+                for seed, row in zip(seeds, rows, strict=True)
             ]
             logits_processor.append(SeededSamplingLogitsProcessor(generators))
         elif settings.do_sample:
@@ -719,7 +722,9 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             is_stop[:, : max(1, int(lengths.max()))], 0
         )
         # A full-context state for each code. Parity: positions 1, 2, 3 … here, whatever decoding used.
-        output = t2s(inputs_embeds=inputs_embeds, attention_mask=attention_mask, semantic_ids=semantic_ids, use_cache=False)
+        output = t2s(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, semantic_ids=semantic_ids, use_cache=False
+        )
         return semantic_ids, output.last_hidden_state[:, :-1], lengths
 
 
@@ -730,7 +735,9 @@ def _one_for_each(name: str, value: Any, num_texts: int) -> list[Any]:
     if not isinstance(value, list | tuple):
         return [value] * num_texts
     if len(value) != num_texts:
-        raise ValueError(f"`{name}` has {len(value)} values for {num_texts} text(s): give one for all or one for each.")
+        raise ValueError(
+            f"`{name}` has {len(value)} values for {num_texts} text(s): give one for all or one for each."
+        )
     return list(value)
 
 

@@ -173,7 +173,9 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         return super().preprocess(text, **kwargs)
 
     def _forward(self, model_inputs: dict[str, Any], **kwargs: Any):
-        kwargs["forward_params"] = self._resolve({**kwargs["forward_params"], **kwargs["generate_kwargs"]}, model_inputs)
+        kwargs["forward_params"] = self._resolve(
+            {**kwargs["forward_params"], **kwargs["generate_kwargs"]}, model_inputs
+        )
         kwargs["generate_kwargs"] = {}
         return super()._forward(model_inputs, **kwargs)
 

@@ -91,7 +91,9 @@ class IndexTTS2Processor(ProcessorMixin):
         if kwargs:
             raise TypeError(f"IndexTTS2Processor takes no {', '.join(map(repr, kwargs))}.")
         if return_tensors != "pt":
-            raise ValueError(f"`return_tensors` is {return_tensors!r}, but IndexTTS2 works with PyTorch tensors: use 'pt'.")
+            raise ValueError(
+                f"`return_tensors` is {return_tensors!r}, but IndexTTS2 works with PyTorch tensors: use 'pt'."
+            )
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
             raise ValueError(f"`text` must be a string or a list of at least one string, but it is {text!r}.")
@@ -102,7 +104,11 @@ class IndexTTS2Processor(ProcessorMixin):
         rows = []
         for item in texts:
             segments = self.tokenizer.split_text(item, max_text_tokens or self.max_text_tokens, quick_streaming_tokens)
-            ids = [token_id for pieces in segments for token_id in [*self.tokenizer.convert_tokens_to_ids(pieces), separator]]
+            ids = [
+                token_id
+                for pieces in segments
+                for token_id in [*self.tokenizer.convert_tokens_to_ids(pieces), separator]
+            ]
             rows.append(ids[:-1])
         length = max(map(len, rows))
         data = {
@@ -133,7 +139,9 @@ class IndexTTS2Processor(ProcessorMixin):
             )
         return torch.tensor(
             [
-                [float("nan")] * 8 if row is None else scale_emotion_weights(check_emotion_weights(row), emotion_strength)
+                [float("nan")] * 8
+                if row is None
+                else scale_emotion_weights(check_emotion_weights(row), emotion_strength)
                 for row in given
             ]
         )
