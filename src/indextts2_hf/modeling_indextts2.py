@@ -689,7 +689,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         )
 
         batch_seed = None
-        if settings.do_sample and settings.num_beams == 1:
+        if settings.do_sample and (settings.num_beams or 1) == 1:
             generators = [
                 row_generator(seed, row.segment_index, "t2s", t2s.device)
                 for seed, row in zip(seeds, rows, strict=True)

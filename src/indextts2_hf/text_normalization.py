@@ -55,8 +55,8 @@ CHARACTER_PATTERNS = {
     language: re.compile("|".join(map(re.escape, character_map))) for language, character_map in CHARACTER_MAPS.items()
 }
 
-# The engine takes time and memory (about 25 kB a character) in one go, so longer texts go through it in passages.
-MAX_PASSAGE_LENGTH = 2000
+# The engine's time and memory (25 kB a character) grow faster than the text, so a longer one goes through in passages.
+MAX_PASSAGE_LENGTH = 500
 SENTENCE_BREAK = re.compile(r"(?<=[a-z]{3}[.!?])\s+(?=[A-Z\"'“])|(?<=[。！？；\n])")
 
 # What the engine would change. Chinese: digits alone. English: anything but letters and plain punctuation, and the
@@ -217,10 +217,8 @@ def _apply_engine(text: str, language: str) -> str:
     spoken = ""
     for passage in _split_passages(text):
         written = passage.strip()
-        if written:
-            spoken += _normalize_passage(engine.normalize, written)
-        if passage[-1:].isspace():
-            spoken += " "
+        before, after = passage.split(written) if written else (passage, "")
+        spoken += before + (_normalize_passage(engine.normalize, written) if written else "") + after
     return spoken.strip()
 
 
