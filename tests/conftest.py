@@ -32,7 +32,9 @@ ASSETS = Path(__file__).parent / "assets"
 SAMPLING_RATE = 22050
 
 
-def make_speech(seconds: float, sampling_rate: int = SAMPLING_RATE, pitch_hz: float = 120.0, seed: int = 0) -> np.ndarray:
+def make_speech(
+    seconds: float, sampling_rate: int = SAMPLING_RATE, pitch_hz: float = 120.0, seed: int = 0
+) -> np.ndarray:
     """Something voiced: a buzz with moving formants, syllable by syllable, and a little noise. Float32 in [-1, 1]."""
     rng = np.random.default_rng(seed)
     time = np.arange(round(seconds * sampling_rate)) / sampling_rate
@@ -192,7 +194,9 @@ def tiny_checkpoint(tmp_path_factory, tiny_model, tiny_voice, tokenizer) -> Path
     model.voices["buzz"] = tiny_voice
     model.config.default_voice = "buzz"
     processor = IndexTTS2Processor(model.feature_extractor, tokenizer)
-    IndexTTS2TextToAudioPipeline(model=model, processor=processor, tokenizer=tokenizer, device="cpu").save_pretrained(folder)
+    IndexTTS2TextToAudioPipeline(model=model, processor=processor, tokenizer=tokenizer, device="cpu").save_pretrained(
+        folder
+    )
     return folder
 
 

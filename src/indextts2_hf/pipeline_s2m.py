@@ -216,7 +216,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
                 index = torch.linspace(0, len(flat) - 1, min(len(flat), 64), device=flat.device).long()
                 samples.append(flat[index].to(torch.bfloat16))
         digest.update(torch.cat(samples).view(torch.int16).cpu().numpy().tobytes())
-        name = os.path.basename(str(self.s2m.config.get("_name_or_path", "")).rstrip("/")) or "unsaved"
+        path = Path(str(self.s2m.config.get("_name_or_path") or "unsaved"))
+        name = path.parent.name if path.name == "s2m" else path.name
         return f"{name}@{digest.hexdigest()[:16]}"
 
     def check_voice(self, voice: VoicePrompt, fingerprint: str | None = None) -> None:
