@@ -111,6 +111,20 @@ def make_tiny_t2s(**changes) -> IndexTTS2T2SForConditionalGeneration:
     return t2s
 
 
+def make_tiny_vocoder() -> IndexTTS2Vocoder:
+    """Random weights of a size that keeps the waveform within [-1, 1]: a clipped one would be the same for any input."""
+    vocoder = IndexTTS2Vocoder(initial_channels=64)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in vocoder.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 3:
+                fan_in = 2 * len(parameter) if "upsample" in name else parameter[0].numel()
+                parameter.copy_(0.65 * fan_in**-0.5 * torch.randn(parameter.shape, generator=generator))
+    return vocoder.eval()
+
+
 def make_tiny_model(**t2s_changes) -> IndexTTS2ForTextToWaveform:
     """A whole model of a few hundred thousand weights, random, two flow-matching layers, hop 256."""
     torch.manual_seed(0)
@@ -148,7 +162,7 @@ def make_tiny_model(**t2s_changes) -> IndexTTS2ForTextToWaveform:
         speaker_encoder=IndexTTS2SpeakerEncoder(
             embed_dim=16, growth_rate=4, bottleneck_factor=2, initial_channels=8, block_layers=(2, 2, 2)
         ).eval(),
-        vocoder=IndexTTS2Vocoder(initial_channels=64).eval(),
+        vocoder=make_tiny_vocoder(),
         feature_extractor=IndexTTS2FeatureExtractor(),
     ).eval()
 

@@ -23,7 +23,7 @@ from .feature_extraction_indextts2 import IndexTTS2FeatureExtractor
 from .generation_t2s import IndexTTS2GenerationConfig
 from .modeling_indextts2 import IndexTTS2ForTextToWaveform, IndexTTS2Output, IndexTTS2Segment
 from .modeling_t2s import IndexTTS2T2SForConditionalGeneration, IndexTTS2T2SModel, IndexTTS2T2SOutput
-from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline
+from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, embedded_checkpoint
 from .processing_indextts2 import IndexTTS2Processor
 from .tokenization_indextts2 import IndexTTS2Tokenizer
 
@@ -56,6 +56,7 @@ __all__ = [
     "IndexTTS2TextToAudioPipeline",
     "IndexTTS2Tokenizer",
     "balance_emotion_weights",
+    "embedded_checkpoint",
     *_DIFFUSERS_SIDE,
 ]
 

@@ -34,7 +34,7 @@ def check_keys(config: PreTrainedConfig, keys: list[str]) -> None:
     allowed = known | _FOREIGN_KEYS | set(GenerationConfig._get_default_generation_params())
     unknown = [key for key in keys if key not in allowed and not key.startswith("_")]
     if unknown:
-        hints = [hint for key in unknown for hint in difflib.get_close_matches(key, known, n=1)]
+        hints = dict.fromkeys(hint for key in unknown for hint in difflib.get_close_matches(key, known, n=1))
         raise ValueError(
             f"{type(config).__name__} has no field {', '.join(map(repr, unknown))}."
             + (f" Did you mean {', '.join(map(repr, hints))}?" if hints else "")
@@ -160,6 +160,14 @@ class IndexTTS2T2SConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         check_keys(self, list(kwargs))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        # An adapter names the whole checkpoint as its base, and PEFT looks for this configuration there.
+        config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == IndexTTS2Config.model_type:
+            return super().get_config_dict(pretrained_model_name_or_path, **(kwargs | {"subfolder": "t2s"}))
+        return config_dict, unused
 
     @property
     def num_prefix_slots(self) -> int:

@@ -90,7 +90,7 @@ def _read_weights(emotion_weights: Sequence[float] | Mapping[str, float] | torch
             "value each, or a dictionary with the names you need."
         )
     for name, weight in zip(EMOTIONS, weights, strict=True):
-        if not 0.0 <= weight <= MAX_WEIGHT:  # also true for NaN
+        if not 0.0 <= weight <= MAX_WEIGHT + 1e-6:  # also true for NaN; 1.2 in float32 is a little more than 1.2
             raise ValueError(
                 f"The weight of {name!r} in `emotion_weights` is {weight} but must be finite and from 0 to {MAX_WEIGHT}. "
                 "Pass 0 for absent and 1 for full."
@@ -280,6 +280,9 @@ class EmotionTextModel:
         )
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, subfolder, "config.json")):
             raise OSError(no_model)
+        if os.path.isdir(path):
+            # transformers 5.23 reads the generation settings of a local folder from its root, whatever `subfolder` says.
+            path, subfolder = os.path.join(path, subfolder), ""
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder, **kwargs)
             model = AutoModelForCausalLM.from_pretrained(path, subfolder=subfolder, dtype=dtype, **kwargs)

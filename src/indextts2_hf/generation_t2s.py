@@ -123,12 +123,20 @@ class SeededSamplingLogitsProcessor(LogitsProcessor):
 
     Args:
         generators (`list[torch.Generator]`): one for each row, on the device of the model.
+
+    Raises:
+        ValueError: there are more or fewer rows than generators.
     """
 
     def __init__(self, generators: list[torch.Generator]):
         self.generators = generators
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if len(self.generators) != len(scores):
+            raise ValueError(
+                f"There are {len(self.generators)} generators for {len(scores)} rows. "
+                "Seeded sampling needs one for each row, and `num_return_sequences=1`."
+            )
         uniform = torch.stack(
             [torch.rand(scores.shape[1:], generator=generator, device=scores.device) for generator in self.generators]
         )
@@ -139,8 +147,6 @@ class SeededSamplingLogitsProcessor(LogitsProcessor):
 
 class IndexTTS2GenerationMixin(GenerationMixin):
     """Generation of semantic tokens on a prefix of embeddings, by the stock `generate`."""
-
-    generation_config_class = IndexTTS2GenerationConfig
 
     def adjust_generation_fn(self, generation_config, *args, **kwargs) -> None:
         super().adjust_generation_fn(generation_config, *args, **kwargs)
@@ -226,20 +232,22 @@ class IndexTTS2GenerationMixin(GenerationMixin):
     ) -> tuple[GenerationConfig, dict]:
         # Ours first: the stock method would hand a count to `forward`, and ignore a None.
         options = {name: kwargs.pop(name, None) for name in ("num_semantic_tokens", "duration_conditioning")}
-        is_limited = any(
-            value is not None
-            for name in ("max_length", "max_new_tokens")
-            for value in (
+        for name in ("min_length", "max_length"):
+            given = (
                 kwargs.get(name),
-                getattr(generation_config, name, None),
-                getattr(self.generation_config, name),
+                *(getattr(config, name, None) for config in (generation_config, self.generation_config)),
             )
-        )
+            if any(given):
+                raise ValueError(
+                    f"`{name}` is {next(filter(None, given))}, but it would count the rows of the prefix as well. "
+                    f"Give `{name.replace('length', 'new_tokens')}` instead."
+                )
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        generation_config.max_length = None
         most_new_tokens = self.config.max_semantic_tokens + 1  # the stop token counts
-        if not is_limited:
+        if generation_config.max_new_tokens is None:
             generation_config.max_new_tokens = most_new_tokens
-        if (generation_config.max_new_tokens or 0) > most_new_tokens:
+        if generation_config.max_new_tokens > most_new_tokens:
             raise ValueError(
                 f"`max_new_tokens` is {generation_config.max_new_tokens} but this checkpoint has positions for "
                 f"{self.config.max_semantic_tokens} semantic tokens and a stop token: give at most {most_new_tokens}."
@@ -250,21 +258,32 @@ class IndexTTS2GenerationMixin(GenerationMixin):
 
         counts = check_num_semantic_tokens(getattr(generation_config, "num_semantic_tokens", None))
         if counts is not None:
-            largest = max((count for count in (counts if isinstance(counts, list) else [counts]) if count), default=0)
+            asked = [count for count in (counts if isinstance(counts, list) else [counts]) if count is not None]
+            largest = max(asked, default=0)
             if largest > self.config.max_semantic_tokens:
                 raise ValueError(
                     f"`num_semantic_tokens` is {largest} but this checkpoint has positions for at most "
                     f"{self.config.max_semantic_tokens} ({self.config.max_semantic_tokens / self.config.semantic_token_rate:.1f} s). "
                     "Split the text with `processor.split_text` and synthesise the parts."
                 )
+            min_new_tokens = generation_config.min_new_tokens or 0
+            if min(asked, default=min_new_tokens) < min_new_tokens:
+                raise ValueError(
+                    f"`num_semantic_tokens` is {min(asked)} but `min_new_tokens` is {min_new_tokens}: give one of them."
+                )
             generation_config.num_semantic_tokens = counts
             is_free = isinstance(counts, list) and None in counts
-            floor = (generation_config.max_new_tokens or 0) if is_free else 0
+            floor = generation_config.max_new_tokens if is_free else 0
             generation_config.max_new_tokens = max(largest + 1, floor)
-        if generation_config.max_new_tokens is not None:
-            generation_config.max_length = None
-        if generation_config.suppress_tokens is None:
-            generation_config.suppress_tokens = [self.config.semantic_start_token_id]
+        # A model without a generation config, as it comes from its constructor, knows its ids all the same.
+        for name, default in (
+            ("bos_token_id", self.config.semantic_start_token_id),
+            ("eos_token_id", self.config.semantic_stop_token_id),
+            ("pad_token_id", self.config.semantic_stop_token_id),
+            ("suppress_tokens", [self.config.semantic_start_token_id]),
+        ):
+            if getattr(generation_config, name) is None:
+                setattr(generation_config, name, default)
         return generation_config, model_kwargs
 
     def _get_logits_processor(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
@@ -23,6 +24,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput, logging
 
 from .configuration_indextts2 import IndexTTS2Config
@@ -39,6 +41,12 @@ logger = logging.get_logger(__name__)
 # What the feature extractor makes of recordings; the processor passes it on.
 VOICE_INPUT_NAMES = ("speaker_input_features", "speaker_attention_mask", "prompt_mel", "speaker_fbank")
 EMOTION_INPUT_NAMES = ("emotion_input_features", "emotion_attention_mask")
+
+# The parts that have weights, each in a folder of its own.
+_PART_NAMES = ("t2s", "s2m", "semantic_encoder", "semantic_codec", "speaker_encoder", "vocoder")
+
+# What the Auto classes hand to every `from_pretrained` and means nothing here.
+_AUTO_CLASS_NAMES = ("code_revision", "proxies", "trust_remote_code", "use_safetensors")
 
 
 @dataclass
@@ -99,6 +107,18 @@ def row_generator(seed: int, segment_index: int, half: str, device: torch.device
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+class _FreeRowLimit(StoppingCriteria):
+    """Ends rows without a count at the length that ends them alone, however long their neighbours go on."""
+
+    def __init__(self, counts: list[int | None], max_length: int):
+        self.is_free = torch.tensor([count is None for count in counts])
+        self.max_length = max_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        is_free = self.is_free.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.is_free))
+        return is_free & (input_ids.shape[1] >= self.max_length)
+
+
 class _TokenReport(StoppingCriteria):
     """Reports each step of the search; never stops it."""
 
@@ -113,14 +133,50 @@ class _TokenReport(StoppingCriteria):
 
 
 @contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """The global generators at `seed` for a while; untouched without one."""
-    if seed is None:
-        yield
-        return
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's global generators at `seed` inside, as they were outside."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def read_weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
+    """
+    Shapes of all tensors in a folder's `.safetensors` files, by name. Only the headers are read.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    shapes = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        if name.endswith(".safetensors"):
+            path = os.path.join(folder, name)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path!r} is damaged or was not written to its end ({error}). Download or convert it again."
+                ) from error
+    return shapes
+
+
+def check_weights(part: torch.nn.Module, folder: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """
+    The libraries only warn of weights that a file lacks, and leave random ones.
+
+    Raises:
+        ValueError: a weight of `part` is missing from `shapes`, those of its files, or has another shape there.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in part.state_dict().items()} if shapes else {}
+    wrong = [key for key, shape in expected.items() if shapes.get(key) != shape]
+    if wrong:
+        key = wrong[0]
+        found = f"has the shape {shapes[key]}" if key in shapes else "is missing"
+        raise ValueError(
+            f"The weights in {folder!r} do not fit the `config.json` beside them: {key!r} {found}, but the shape "
+            f"{expected[key]} is expected ({len(wrong)} of {len(expected)} weights do not fit). Convert or train it again."
+        )
 
 
 class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
@@ -141,7 +197,6 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
     """
 
     config: IndexTTS2Config
-    base_model_prefix = ""
     main_input_name = "input_ids"
     generation_config_class = IndexTTS2GenerationConfig
     _supports_sdpa = True
@@ -201,6 +256,11 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs, which are for the parts behind the text-to-semantic transformer; its own is `t2s.dtype`."""
+        return self.s2m.dtype
+
+    @property
     def semantic_to_mel(self) -> "IndexTTS2SemanticToMelPipeline":
         """The diffusers pipeline over this model's own parts."""
         from .pipeline_s2m import IndexTTS2SemanticToMelPipeline
@@ -221,7 +281,6 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
-        *model_args: Any,
         config: IndexTTS2Config | None = None,
         cache_dir: str | os.PathLike | None = None,
         force_download: bool = False,
@@ -245,8 +304,18 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             adapter_kwargs (`dict`, *optional*): set by the Auto classes when an adapter folder was asked for.
 
         Returns:
-            [`IndexTTS2ForTextToWaveform`] in evaluation mode.
+            [`IndexTTS2ForTextToWaveform`] in evaluation mode, on the CPU.
+
+        Raises:
+            TypeError: an argument that this model does not take, such as `device_map`.
+            ValueError: a file of weights is damaged, or does not fit the configuration beside it.
         """
+        unknown = [name for name in kwargs if name not in _AUTO_CLASS_NAMES and not name.startswith("_")]
+        if unknown:
+            raise TypeError(
+                f"`from_pretrained` of IndexTTS2 takes no {', '.join(map(repr, unknown))}. "
+                "Load on the CPU and use `model.to(device)`; `dtype` sets the precision."
+            )
         from .pipeline_s2m import IndexTTS2SemanticToMelPipeline, VoicePrompt
 
         folder = str(pretrained_model_name_or_path)
@@ -263,12 +332,27 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             config = IndexTTS2Config.from_pretrained(folder)
         config.name_or_path = str(pretrained_model_name_or_path)
 
+        shapes = {name: read_weight_shapes(os.path.join(folder, name)) for name in _PART_NAMES}
         t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(
-            folder, subfolder="t2s", dtype=dtype or "auto", attn_implementation=attn_implementation
+            folder,
+            subfolder="t2s",
+            dtype=dtype or "auto",
+            attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,  # `check_weights` names the part
         )
+        # An adapter made of it names its base by this, not by a folder of the cache.
+        t2s.name_or_path = t2s.config.name_or_path = config.name_or_path
         if os.path.isfile(os.path.join(folder, "generation_config.json")):
             t2s.generation_config = IndexTTS2GenerationConfig.from_pretrained(folder)
-        parts = IndexTTS2SemanticToMelPipeline.from_pretrained(folder, dtype=torch.float32)
+        try:
+            parts = IndexTTS2SemanticToMelPipeline.from_pretrained(folder, dtype=torch.float32)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"One of the parts {', '.join(name for name in shapes if name != 't2s')} in {folder!r} cannot be loaded: {error}"
+            ) from error
+        for name, part in {"t2s": t2s, **parts.components}.items():
+            if name in shapes:
+                check_weights(part, os.path.join(folder, name), shapes[name])
         voices_folder = os.path.join(folder, "voices")
         names = sorted(os.listdir(voices_folder)) if os.path.isdir(voices_folder) else []
         voices = {
@@ -278,9 +362,10 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         }
         model = cls(config, t2s=t2s, voices=voices, **parts.components)
 
-        adapter_path = (adapter_kwargs or {}).get("_adapter_model_path")
+        adapter_kwargs = dict(adapter_kwargs or {})
+        adapter_path = adapter_kwargs.pop("_adapter_model_path", None)
         if adapter_path is not None:
-            model.t2s.load_adapter(adapter_path)
+            model.t2s.load_adapter(str(adapter_path), local_files_only=local_files_only, adapter_kwargs=adapter_kwargs)
         return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -290,6 +375,8 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         """
         os.makedirs(save_directory, exist_ok=True)
         self.config.architectures = [type(self).__name__]
+        if self._auto_class is not None:
+            custom_object_save(self, save_directory, config=self.config)
         self.config.save_pretrained(save_directory)
         self.generation_config.save_pretrained(save_directory)
         self.t2s.save_pretrained(os.path.join(save_directory, "t2s"), **kwargs)
@@ -313,7 +400,10 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: the checkpoint has no such voice, or none by default.
+            TypeError: it is no voice.
         """
+        from .pipeline_s2m import VoicePrompt
+
         if voice is None:
             voice = self.config.default_voice
         if voice is None:
@@ -328,6 +418,11 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                     "Give one of these, a voice file, or a recording."
                 )
             return self.voices[voice]
+        if not isinstance(voice, VoicePrompt):
+            raise TypeError(
+                f"`voice` is a {type(voice).__name__}, but it must be a `VoicePrompt` or a name. "
+                "Make a voice of a recording with `model.encode_voice`."
+            )
         return voice
 
     @torch.no_grad()
@@ -338,17 +433,15 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         Returns:
             [`IndexTTS2Output`]: each text's segments joined, with `segment_silence_s` of silence between them.
         """
-        num_texts = len(input_ids)
-        segment_silence_s = kwargs.get("segment_silence_s", 0.2)
-        pause = torch.zeros(int(self.config.sampling_rate * segment_silence_s))
-        audio: list[list[torch.Tensor]] = [[] for _ in range(num_texts)]
-        semantic_ids: list[list[torch.Tensor]] = [[] for _ in range(num_texts)]
-        kwargs.setdefault("segment_batch_size", 8)
+        kwargs = {"segment_batch_size": 8, "segment_silence_s": 0.2, **kwargs}
+        audio: list[list[torch.Tensor]] = [[] for _ in input_ids]
+        semantic_ids: list[list[torch.Tensor]] = [[] for _ in input_ids]
         for segment in self.stream(input_ids, **kwargs):
             audio[segment.text_index].append(segment.audio)
             semantic_ids[segment.text_index].append(segment.semantic_ids)
             if not segment.is_last:
-                audio[segment.text_index].append(pause.to(segment.audio.device))
+                pause = segment.audio.new_zeros(self._pause_samples(kwargs["segment_silence_s"]))
+                audio[segment.text_index].append(pause)
         return IndexTTS2Output(audio=[torch.cat(parts) for parts in audio], semantic_ids=semantic_ids)
 
     @torch.no_grad()
@@ -396,8 +489,9 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             duration_s (`float`, or one or `None` for each text, *optional*):
                 Exact length of a text's speech in seconds, pauses included: `round(duration_s * sampling_rate)` samples.
             seed (`int`, or one for each text, *optional*):
-                Makes the same call give the same audio. Greedy search and sampling with one beam then also give a text
-                the same audio alone and in any batch; random beam sampling depends on its batch.
+                Makes the same call give the same audio, and leaves torch's global generators alone; without it
+                `torch.manual_seed` governs. Greedy search, beam search and sampling with one beam then also give a text the
+                same audio alone and in any batch; sampling with several beams depends on its batch.
             num_inference_steps (`int`, *optional*):
                 Flow-matching steps; 25 by default, or what the scheduler's own grid says.
             guidance_scale (`float`, defaults to 1.7):
@@ -422,15 +516,18 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: an option is impossible; the message says which, and what to do.
+            TypeError: an argument that nobody takes.
         """
+        if segment_batch_size < 1:
+            raise ValueError(f"`segment_batch_size` is {segment_batch_size}, but at least one segment goes at a time.")
         voice_inputs = {name: kwargs.pop(name) for name in VOICE_INPUT_NAMES + EMOTION_INPUT_NAMES if name in kwargs}
-        kwargs.pop("return_dict_in_generate", None)
+        logits_processor = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
+        stopping_criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+        settings = self._generation_settings(generation_config, **kwargs)
         num_texts = len(input_ids)
         semantic_to_mel = self.semantic_to_mel
         if noise_scheduler is not None:
             semantic_to_mel.scheduler = noise_scheduler
-        if num_inference_steps is None and semantic_to_mel.scheduler.config.grid is None:
-            num_inference_steps = 25
 
         if "speaker_input_features" in voice_inputs:
             voice = semantic_to_mel.encode_voice(voice_inputs)
@@ -466,9 +563,10 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 speaker_latents[texts],
                 emotion_embeds[texts],
                 row_seeds,
-                generation_config,
+                settings,
+                logits_processor,
+                stopping_criteria,
                 progress_callback,
-                **kwargs,
             )
             mel_lengths = semantic_to_mel.default_mel_lengths(lengths)
             for index, row in enumerate(batch):
@@ -508,10 +606,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
     ) -> list[_Row]:
         """The segments of all texts, each with its share of what was asked for its text."""
         num_texts = len(input_ids)
-        if not (math.isfinite(segment_silence_s) and segment_silence_s >= 0):
-            raise ValueError(
-                f"`segment_silence_s` is {segment_silence_s}, but it must be a number of seconds, 0 or more."
-            )
+        self._pause_samples(segment_silence_s)
         counts = _one_for_each("num_semantic_tokens", num_semantic_tokens, num_texts)
         durations = _one_for_each("duration_s", duration_s, num_texts)
         separators = {self.t2s.config.text_start_token_id, self.t2s.config.text_stop_token_id}
@@ -539,6 +634,13 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             ]
         return rows
 
+    def _pause_samples(self, segment_silence_s: float) -> int:
+        if not (math.isfinite(segment_silence_s) and segment_silence_s >= 0):
+            raise ValueError(
+                f"`segment_silence_s` is {segment_silence_s}, but it must be a number of seconds, 0 or more."
+            )
+        return int(self.config.sampling_rate * segment_silence_s)
+
     def _plan_lengths(
         self, text_lengths: list[int], count: int | None, duration_s: float | None, segment_silence_s: float
     ) -> tuple[list[int | None], list[int | None]]:
@@ -552,7 +654,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         if duration_s is not None:
             if not (math.isfinite(duration_s) and duration_s > 0):
                 raise ValueError(f"`duration_s` is {duration_s}, but it must be a finite number of seconds above 0.")
-            pauses = int(self.config.sampling_rate * segment_silence_s) * (len(text_lengths) - 1)
+            pauses = self._pause_samples(segment_silence_s) * (len(text_lengths) - 1)
             num_samples = round(duration_s * self.config.sampling_rate) - pauses
             # 20 ms for each text token is far below any speech: less cannot be meant.
             shortest = sum(text_lengths) / rate + pauses / self.config.sampling_rate
@@ -575,8 +677,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                     f"`num_semantic_tokens` is {count!r}, but it must be a whole number of at least 1 for each of the "
                     f"{len(text_lengths)} segment(s) of the text."
                 )
-            tokens = [max(1, share) for share in share_out(count, text_lengths)]
-            tokens[tokens.index(max(tokens))] -= sum(tokens) - count
+            tokens = [1 + share for share in share_out(count - len(text_lengths), text_lengths)]
             if max(tokens) > most:
                 raise ValueError(
                     f"`num_semantic_tokens` is {count} but this checkpoint has positions for at most {most} in one segment "
@@ -641,7 +742,6 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
     def _generation_settings(self, generation_config: GenerationConfig | None, **kwargs: Any) -> GenerationConfig:
         """One generation config of the given one (or the model's) and the keyword arguments."""
         settings = copy.deepcopy(generation_config or self.generation_config)
-        settings.return_dict_in_generate = False
         # Settings that the asked search does not use would only be warned about.
         unused = {}
         if not kwargs.get("do_sample", settings.do_sample):
@@ -655,7 +755,11 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             if name in unknown:
                 setattr(settings, name, unknown.pop(name))
         if unknown:
-            raise TypeError(f"`generate` takes no {', '.join(map(repr, unknown))}.")
+            raise TypeError(f"IndexTTS2 takes no {', '.join(map(repr, unknown))}.")
+        settings.return_dict_in_generate = False
+        # There is no speech without a token: a segment cannot end before its first one.
+        stop_id = self.t2s.config.semantic_stop_token_id
+        settings.begin_suppress_tokens = [*(settings.begin_suppress_tokens or []), stop_id]
         return settings
 
     def _generate_semantic_ids(
@@ -664,15 +768,13 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         speaker_latents: torch.Tensor,
         emotion_embeds: torch.Tensor,
         seeds: list[int],
-        generation_config: GenerationConfig | None,
+        settings: GenerationConfig,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
         progress_callback: Callable[[str, int, int | None], None] | None,
-        **kwargs: Any,
     ) -> tuple[torch.LongTensor, torch.Tensor, torch.LongTensor]:
         """Codes `(batch_size, num_semantic_tokens)`, the T2S state of each, and how many of each row are its own."""
         t2s = self.t2s
-        logits_processor = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-        stopping_criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-        settings = self._generation_settings(generation_config, **kwargs)
         input_ids = pad_sequence(
             [torch.tensor(row.input_ids, device=t2s.device) for row in rows],
             batch_first=True,
@@ -688,17 +790,19 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             duration_conditioning=getattr(settings, "duration_conditioning", None),
         )
 
-        batch_seed = None
         if settings.do_sample and (settings.num_beams or 1) == 1:
             generators = [
                 row_generator(seed, row.segment_index, "t2s", t2s.device)
                 for seed, row in zip(seeds, rows, strict=True)
             ]
-            logits_processor.append(SeededSamplingLogitsProcessor(generators))
-        elif settings.do_sample:
-            batch_seed = row_generator(seeds[0], rows[0].segment_index, "t2s", torch.device("cpu")).initial_seed()
+            logits_processor = LogitsProcessorList([*logits_processor, SeededSamplingLogitsProcessor(generators)])
+        stopping_criteria = StoppingCriteriaList(stopping_criteria)
+        if asked is not None and None in asked and settings.max_new_tokens is not None:
+            stopping_criteria.append(_FreeRowLimit(counts, inputs_embeds.shape[1] + settings.max_new_tokens))
         if progress_callback is not None:
             stopping_criteria.append(_TokenReport(progress_callback))
+        # Several beams of a row share their draws, which come from the global generators.
+        batch_seed = row_generator(seeds[0], rows[0].segment_index, "t2s", torch.device("cpu")).initial_seed()
         with seeded(batch_seed, t2s.device):
             sequences = t2s.generate(
                 inputs_embeds=inputs_embeds,
@@ -711,16 +815,15 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
 
         is_stop = sequences == t2s.config.semantic_stop_token_id
         lengths = is_stop.logical_not().cumprod(dim=1).sum(dim=1)
-        for row, has_ended in zip(rows, is_stop.any(dim=1).tolist(), strict=True):
-            if not has_ended:
+        for row, length in zip(rows, lengths.tolist(), strict=True):
+            if row.num_semantic_tokens is None and length >= (settings.max_new_tokens or sequences.shape[1]):
                 logger.warning(
-                    f"Segment {row.segment_index} of text {row.text_index} was cut off after {sequences.shape[1]} semantic "
-                    f"tokens ({sequences.shape[1] / t2s.config.semantic_token_rate:.1f} s) without having ended. "
+                    f"Segment {row.segment_index} of text {row.text_index} was cut off after {length} semantic tokens "
+                    f"({length / t2s.config.semantic_token_rate:.1f} s) without having ended. "
                     "Raise `max_new_tokens`, or split the text into shorter segments."
                 )
-        semantic_ids = sequences[:, : max(1, int(lengths.max()))].masked_fill(
-            is_stop[:, : max(1, int(lengths.max()))], 0
-        )
+        # Any code will do behind the end of a row.
+        semantic_ids = sequences.masked_fill(is_stop, 0)[:, : int(lengths.max())]
         # A full-context state for each code. Parity: positions 1, 2, 3 … here, whatever decoding used.
         output = t2s(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, semantic_ids=semantic_ids, use_cache=False

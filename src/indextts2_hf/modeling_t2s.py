@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_indextts2 import IndexTTS2T2SConfig
-from .generation_t2s import IndexTTS2GenerationMixin, check_num_semantic_tokens
+from .generation_t2s import IndexTTS2GenerationConfig, IndexTTS2GenerationMixin, check_num_semantic_tokens
 
 
 # The linear layers that a LoRA adapter of this model should target.
@@ -151,7 +152,7 @@ class ConformerConvolution(nn.Module):
         return self.pointwise_conv2(hidden_states).transpose(1, 2)
 
 
-class ConformerLayer(nn.Module):
+class ConformerLayer(GradientCheckpointingLayer):
     """Attention, convolution, feed-forward, each with a norm before it, and a norm after all."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, layer_norm_epsilon: float):
@@ -161,15 +162,14 @@ class ConformerLayer(nn.Module):
         self.convolution_norm = nn.LayerNorm(hidden_size, eps=layer_norm_epsilon)
         self.convolution = ConformerConvolution(hidden_size, layer_norm_epsilon)
         self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=layer_norm_epsilon)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(hidden_size, intermediate_size), nn.SiLU(), nn.Linear(intermediate_size, hidden_size)
-        )
+        self.up_proj = nn.Linear(hidden_size, intermediate_size)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size)
         self.final_norm = nn.LayerNorm(hidden_size, eps=layer_norm_epsilon)
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), positions, mask)
         hidden_states = hidden_states + self.convolution(self.convolution_norm(hidden_states), mask)
-        hidden_states = hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
+        hidden_states = hidden_states + self.down_proj(F.silu(self.up_proj(self.feed_forward_norm(hidden_states))))
         return self.final_norm(hidden_states)
 
 
@@ -214,7 +214,7 @@ class Conformer(nn.Module):
         return self.norm(hidden_states), mask
 
 
-class PerceiverLayer(nn.Module):
+class PerceiverLayer(GradientCheckpointingLayer):
     """Latents look at the context and at themselves; gated feed-forward. No norms inside."""
 
     def __init__(self, size: int, num_heads: int, intermediate_size: int):
@@ -272,8 +272,8 @@ class EmotionPrototypes(nn.Module):
     def __init__(self, counts: list[int], speaker_embed_dim: int, hidden_size: int):
         super().__init__()
         self.counts = list(counts)
-        self.register_buffer("speaker_embeds", torch.zeros(sum(counts), speaker_embed_dim))
-        self.register_buffer("emotion_embeds", torch.zeros(sum(counts), hidden_size))
+        self.speaker_embeds = nn.Buffer(torch.zeros(sum(counts), speaker_embed_dim))
+        self.emotion_embeds = nn.Buffer(torch.zeros(sum(counts), hidden_size))
 
     def nearest(self, speaker_embeds: torch.Tensor) -> torch.LongTensor:
         """Row of each emotion's nearest speaker, by cosine: `(batch_size, speaker_embed_dim)` to `(batch_size, 8)`."""
@@ -286,6 +286,10 @@ class EmotionPrototypes(nn.Module):
         """Weighted sum of the nearest prototypes, `(batch_size, hidden_size)`."""
         prototypes = self.emotion_embeds[self.nearest(speaker_embeds)]
         return (emotion_weights.to(prototypes.dtype)[..., None] * prototypes).sum(dim=1)
+
+
+class SlotEmbedding(nn.Embedding):
+    """The learnt rows between the voice and the text. They start as zeros."""
 
 
 class IndexTTS2T2SPreTrainedModel(PreTrainedModel):
@@ -305,12 +309,21 @@ class IndexTTS2T2SPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(GPT2Attention, index=1),
     }
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # The stock check reads this file, finds the conformers' attention, and would refuse for the trunk's as well.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
+        # Only modules with weights of their own come here: outside transformers the library leaves out all others.
         if isinstance(module, Conv1D):
-            init.normal_(module.weight, mean=0.0, std=std)
+            # GPT-2: residual branches start smaller, by the square root of their number. Their last layers do not widen.
+            is_residual = module.weight.shape[0] >= module.weight.shape[1]
+            num_branches = 2 * self.config.num_hidden_layers if is_residual else 1
+            init.normal_(module.weight, mean=0.0, std=std / math.sqrt(num_branches))
             init.zeros_(module.bias)
         elif isinstance(module, ConformerAttention):
             init.normal_(module.content_bias, mean=0.0, std=std)
@@ -321,15 +334,14 @@ class IndexTTS2T2SPreTrainedModel(PreTrainedModel):
         elif isinstance(module, EmotionPrototypes):
             init.zeros_(module.speaker_embeds)
             init.zeros_(module.emotion_embeds)
-        elif isinstance(module, IndexTTS2T2SForConditionalGeneration):
-            init.zeros_(module.slot_embedding.weight)
-        if isinstance(module, GPT2Attention | GPT2MLP):
-            # GPT-2: residual branches start smaller, by the square root of their number.
-            init.normal_(module.c_proj.weight, mean=0.0, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+        elif isinstance(module, SlotEmbedding):
+            init.zeros_(module.weight)
 
 
 class IndexTTS2T2SModel(IndexTTS2T2SPreTrainedModel):
     """The trunk: GPT-2 blocks over embeddings that already hold their positions, and two norms in series."""
+
+    main_input_name = "inputs_embeds"
 
     def __init__(self, config: IndexTTS2T2SConfig):
         super().__init__(config)
@@ -398,6 +410,8 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
     to the semantic start token; `generate` and `forward` go on from there.
     """
 
+    generation_config_class = IndexTTS2GenerationConfig
+
     def __init__(self, config: IndexTTS2T2SConfig):
         super().__init__(config)
         self.speaker_conformer = Conformer(
@@ -436,7 +450,7 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
             config.emotion_prototype_counts, config.speaker_embed_dim, config.hidden_size
         )
 
-        self.slot_embedding = nn.Embedding(2, config.hidden_size)
+        self.slot_embedding = SlotEmbedding(2, config.hidden_size)
         self.text_embedding = nn.Embedding(config.text_vocab_size, config.hidden_size)
         self.text_position_embedding = nn.Embedding(config.num_text_positions, config.hidden_size)
         self.semantic_embedding = nn.Embedding(config.semantic_vocab_size, config.hidden_size)
@@ -532,7 +546,7 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         attention_mask: torch.Tensor | None = None,
         speaker_latents: torch.Tensor | None = None,
         emotion_embeds: torch.Tensor | None = None,
-        num_semantic_tokens: int | list[int | None] | torch.Tensor | None = None,
+        num_semantic_tokens: int | list[int | None] | torch.LongTensor | None = None,
         duration_conditioning: bool | None = None,
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         r"""
@@ -547,8 +561,8 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
                 Voice, from `encode_speaker`.
             emotion_embeds (`torch.Tensor` of shape `(batch_size, hidden_size)`, *optional*):
                 Emotion; none is added when it is missing.
-            num_semantic_tokens (`int`, `list[int | None]` or `torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Length to write into slot one; `None` for a free length.
+            num_semantic_tokens (`int`, `list[int | None]` or `torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Length to write into slot one; `None`, in a tensor 0, for a free length. A tensor is not checked.
             duration_conditioning (`bool`, *optional*):
                 Whether the length is written at all; `config.use_length_row` by default.
 
@@ -590,30 +604,33 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
     def _length_slots(
         self,
         batch_size: int,
-        num_semantic_tokens: int | list[int | None] | torch.Tensor | None,
+        num_semantic_tokens: int | list[int | None] | torch.LongTensor | None,
         duration_conditioning: bool | None,
     ) -> torch.Tensor:
         """The two rows between the voice and the text, `(batch_size, 2, hidden_size)`."""
-        counts = check_num_semantic_tokens(num_semantic_tokens)
-        counts = counts if isinstance(counts, list) else [counts] * batch_size
-        if len(counts) != batch_size:
-            raise ValueError(f"`num_semantic_tokens` has {len(counts)} counts for a batch of {batch_size} rows.")
-        if max((count or 0) for count in counts) > self.config.max_semantic_tokens:
-            raise ValueError(
-                f"`num_semantic_tokens` is {max(count or 0 for count in counts)} but this checkpoint has positions for at "
-                f"most {self.config.max_semantic_tokens}."
-            )
+        lengths = num_semantic_tokens
+        if not isinstance(lengths, torch.Tensor):
+            counts = check_num_semantic_tokens(num_semantic_tokens)
+            lengths = [count or 0 for count in (counts if isinstance(counts, list) else [counts] * batch_size)]
+            if max(lengths, default=0) > self.config.max_semantic_tokens:
+                raise ValueError(
+                    f"`num_semantic_tokens` is {max(lengths)} but this checkpoint has positions for at most "
+                    f"{self.config.max_semantic_tokens}."
+                )
+            lengths = torch.tensor(lengths, device=self.slot_embedding.weight.device)
+        if len(lengths) != batch_size:
+            raise ValueError(f"`num_semantic_tokens` has {len(lengths)} counts for a batch of {batch_size} rows.")
         if duration_conditioning is None:
             duration_conditioning = self.config.use_length_row
 
         # Parity: the learnt rows stand in the order 1, 0.
         free, last = self.slot_embedding.weight[1], self.slot_embedding.weight[0]
+        # CODEPATH: models trained here have no learnt row for a free length, the released checkpoint has.
         if self.config.use_length_row:
             free = torch.zeros_like(free)
         first = free.expand(batch_size, -1)
         if duration_conditioning:
             # Paper, section 3.1.1: the length table is the semantic position table.
-            lengths = torch.tensor([count or 0 for count in counts], device=free.device)
             first = torch.where((lengths > 0)[:, None], self.semantic_position_embedding(lengths), first)
         return torch.stack([first, last.expand(batch_size, -1)], dim=1)
 
@@ -708,8 +725,6 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
                 speaker_latents = self.encode_speaker(speaker_features, speaker_feature_lengths)
             if emotion_embeds is None and emotion_features is not None:
                 emotion_embeds = self.encode_emotion(emotion_features, emotion_feature_lengths)
-            if isinstance(num_semantic_tokens, torch.Tensor):
-                num_semantic_tokens = [count or None for count in num_semantic_tokens.tolist()]
             text = (input_ids, attention_mask)
             inputs_embeds, attention_mask = self.prepare_prefix(
                 input_ids, attention_mask, speaker_latents, emotion_embeds, num_semantic_tokens

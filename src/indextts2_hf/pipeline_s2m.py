@@ -4,8 +4,10 @@ everything that is derived once from a recording of a voice. It does not know te
 """
 
 import hashlib
+import inspect
+import json
+import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -36,7 +38,7 @@ logger = logging.get_logger(__name__)
 _VOICE_FORMAT = "indextts2-voice-1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VoicePrompt:
     r"""
     A voice as a value: made once from a recording by `encode_voice`, kept in one safetensors file, used in any batch.
@@ -74,15 +76,15 @@ class VoicePrompt:
     def save(self, path: str | os.PathLike) -> None:
         """Writes one safetensors file; nothing is left behind when that fails."""
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder '{path.parent}' to save the voice in. Make it first.")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata={"format": _VOICE_FORMAT, "checkpoint": self.checkpoint})
+            temporary.write_bytes(save(tensors, {"format": _VOICE_FORMAT, "checkpoint": self.checkpoint}))
             os.replace(temporary, path)
         finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "VoicePrompt":
@@ -207,7 +209,10 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         the same in float32 and bfloat16.
         """
         parts = (self.semantic_encoder, self.semantic_codec, self.speaker_encoder, self.s2m.length_regulator)
-        digest = hashlib.sha256(self.feature_extractor.to_json_string().encode())
+        settings = self.feature_extractor.to_dict()
+        names = inspect.signature(type(self.feature_extractor)).parameters
+        settings = {name: settings[name] for name in sorted(settings) if name in names}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         samples = []
         for part in parts:
             for name, tensor in sorted(part.state_dict().items()):
@@ -216,9 +221,16 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
                 index = torch.linspace(0, len(flat) - 1, min(len(flat), 64), device=flat.device).long()
                 samples.append(flat[index].to(torch.bfloat16))
         digest.update(torch.cat(samples).view(torch.int16).cpu().numpy().tobytes())
+        return f"{self._checkpoint_name()}@{digest.hexdigest()[:16]}"
+
+    def _checkpoint_name(self) -> str:
+        """The folder or repository that the parts came from."""
         path = Path(str(self.s2m.config.get("_name_or_path") or "unsaved"))
-        name = path.parent.name if path.name == "s2m" else path.name
-        return f"{name}@{digest.hexdigest()[:16]}"
+        path = path.parent if path.name == "s2m" else path
+        if path.parent.name == "snapshots":
+            # A repository in the cache of the Hub: `models--OWNER--NAME/snapshots/COMMIT`.
+            return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return path.name
 
     def check_voice(self, voice: VoicePrompt, fingerprint: str | None = None) -> None:
         """
@@ -304,13 +316,16 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         semantic_ids: torch.LongTensor,
         voices: list[VoicePrompt],
         t2s_hidden_states: torch.Tensor | None,
+        semantic_lengths: torch.LongTensor | None,
+        mel_lengths: torch.LongTensor | None,
         guidance_scale: float,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        if semantic_ids.ndim != 2 or semantic_ids.shape[1] < 1:
+        if semantic_ids.ndim != 2 or 0 in semantic_ids.shape:
             raise ValueError(
-                f"`semantic_ids` must have shape (batch_size, num_semantic_tokens), but it has {tuple(semantic_ids.shape)}."
+                "`semantic_ids` must have the shape (batch_size, num_semantic_tokens), both at least 1, but it has "
+                f"{tuple(semantic_ids.shape)}."
             )
         if len(voices) != len(semantic_ids):
             raise ValueError(
@@ -321,7 +336,19 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
                 f"`t2s_hidden_states` must have one state for each of the {tuple(semantic_ids.shape)} semantic ids, "
                 f"but has the shape {tuple(t2s_hidden_states.shape)}."
             )
-        if not np.isfinite(guidance_scale):
+        limits = {
+            "semantic_lengths": (semantic_lengths, semantic_ids.shape[1]),
+            "mel_lengths": (mel_lengths, math.inf),
+        }
+        for name, (lengths, most) in limits.items():
+            if lengths is None:
+                continue
+            if lengths.shape != semantic_ids.shape[:1] or lengths.min() < 1 or lengths.max() > most:
+                raise ValueError(
+                    f"`{name}` must hold one length for each of the {len(semantic_ids)} rows, from 1 to {most}, but it is "
+                    f"{lengths.tolist()}."
+                )
+        if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` is {guidance_scale}, but it must be a finite number; 1.0 means none.")
         if output_type not in ("np", "pt", "mel"):
             raise ValueError(f"`output_type` is {output_type!r}, but it must be 'np', 'pt' or 'mel'.")
@@ -398,7 +425,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         t2s_hidden_states: torch.Tensor | None = None,
         semantic_lengths: torch.LongTensor | None = None,
         mel_lengths: torch.LongTensor | None = None,
-        num_inference_steps: int | None = 25,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.7,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -420,8 +447,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
                 Codes of each row; all by default.
             mel_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 Mel frames to make for each row; by default `semantic_lengths * mel_frames_per_token`, rounded down.
-            num_inference_steps (`int`, defaults to 25):
-                Steps from noise to mel; `None` if the scheduler's grid is explicit.
+            num_inference_steps (`int`, *optional*):
+                Steps from noise to mel; 25 by default, or what the scheduler's own grid says.
             guidance_scale (`float`, defaults to 1.7):
                 Strength of the conditions; 1.0 or less makes one network call a step instead of two.
             generator (`torch.Generator` or a list of them, *optional*):
@@ -441,13 +468,20 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             [`IndexTTS2SemanticToMelPipelineOutput`]
 
         Raises:
-            ValueError: shapes, voices or options do not fit; a voice of another checkpoint.
+            ValueError: shapes, voices or options do not fit; a voice of another checkpoint; a scheduler with other times.
         """
         if callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = ["sample"]
         voices = [voice] * len(semantic_ids) if isinstance(voice, VoicePrompt) else list(voice)
         self.check_inputs(
-            semantic_ids, voices, t2s_hidden_states, guidance_scale, output_type, callback_on_step_end_tensor_inputs
+            semantic_ids,
+            voices,
+            t2s_hidden_states,
+            semantic_lengths,
+            mel_lengths,
+            guidance_scale,
+            output_type,
+            callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
         device, dtype = self.s2m.device, self.s2m.dtype
@@ -489,9 +523,16 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             frame_lengths = frame_lengths if frame_lengths is None else frame_lengths.repeat(2)
 
         sample = self.prepare_sample(lengths, generator, latents).masked_fill(is_prompt, 0.0)
+        if num_inference_steps is None and self.scheduler.config.get("grid") is None:
+            num_inference_steps = 25
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
+        if not 0.0 <= float(timesteps[0]) < 1.0:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} begins at time {float(timesteps[0])}, but this model knows times from 0 "
+                "(noise) to 1 (data). Use `IndexTTS2FlowMatchScheduler`."
+            )
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
                 model_input = torch.cat([sample, sample]) if do_guidance else sample

@@ -4,19 +4,28 @@ The front door: `IndexTTS2TextToAudioPipeline`, text to speech with a voice, an 
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextToAudioPipeline
+from transformers import BatchFeature, TextToAudioPipeline
 from transformers.pipelines.text_to_audio import AudioOutput
 
 from .emotion import EmotionTextModel
-from .modeling_indextts2 import IndexTTS2ForTextToWaveform, IndexTTS2Segment
+from .modeling_indextts2 import IndexTTS2ForTextToWaveform, IndexTTS2Output, IndexTTS2Segment
 from .processing_indextts2 import EmotionWeights, IndexTTS2Processor
 
 
 # Arguments of the processor and of this pipeline's own steps; all others go to the model.
 _PREPROCESS_NAMES = ("emotion_weights", "emotion_text", "max_text_tokens", "quick_streaming_tokens")
+_EMOTION_NAMES = ("emotion_audio", "emotion_features", "emotion_weights", "emotion_text")
+_HUB_NAMES = ("cache_dir", "local_files_only", "token", "revision")
+
+
+def embedded_checkpoint() -> Path:
+    """The folder of the small checkpoint that comes with the package."""
+    return Path(str(resources.files(__package__) / "embedded"))
 
 
 class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
@@ -34,18 +43,27 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
     def __init__(self, *args: Any, emotion_text_model: EmotionTextModel | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.emotion_text_model = emotion_text_model
+        self._hub_arguments: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        device: str | torch.device = "cpu",
+        **kwargs: Any,
     ) -> "IndexTTS2TextToAudioPipeline":
-        """The pipeline of a checkpoint; `kwargs` go to [`IndexTTS2ForTextToWaveform.from_pretrained`]."""
+        """
+        The pipeline of a checkpoint, by default of the small one that comes with the package; `kwargs` go to
+        [`IndexTTS2ForTextToWaveform.from_pretrained`].
+        """
+        if pretrained_model_name_or_path is None:
+            pretrained_model_name_or_path = embedded_checkpoint()
         model = IndexTTS2ForTextToWaveform.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        hub_names = ("cache_dir", "local_files_only", "token", "revision")
-        processor = IndexTTS2Processor.from_pretrained(
-            pretrained_model_name_or_path, **{name: kwargs[name] for name in hub_names if name in kwargs}
-        )
-        return cls(model=model, processor=processor, tokenizer=processor.tokenizer, device=device)
+        hub_arguments = {name: kwargs[name] for name in _HUB_NAMES if name in kwargs}
+        processor = IndexTTS2Processor.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
+        pipeline = cls(model=model, processor=processor, tokenizer=processor.tokenizer, device=device)
+        pipeline._hub_arguments = hub_arguments
+        return pipeline
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Writes the whole checkpoint folder: model, processor and, where one was loaded, the emotion language model."""
@@ -61,7 +79,7 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         voice: Any = None,
         emotion_audio: Any = None,
         emotion_weights: EmotionWeights | Sequence[EmotionWeights | None] | None = None,
-        emotion_text: str | list[str] | bool | None = None,
+        emotion_text: str | list[str | None] | bool | None = None,
         emotion_strength: float = 1.0,
         duration_s: float | list[float | None] | None = None,
         num_semantic_tokens: int | list[int | None] | None = None,
@@ -72,8 +90,9 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         Speech for one text or a batch of texts.
 
         Args:
-            text (`str` or `list[str]`):
-                What to say, of any length. A list is spoken as one batch.
+            text (`str`, `list[str]`, or a generator of strings):
+                What to say, of any length. A list is one batch, to which lists of other arguments belong. A generator gives
+                a generator of results, one text at a time.
             voice (*optional*):
                 Who speaks: a `VoicePrompt`, the name of a voice of the checkpoint, the path of a saved voice
                 (`.safetensors`), or a recording (path, bytes, `(array, rate)`, audio `dict`). A list holds one for each
@@ -84,7 +103,8 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
                 Eight intensities (happy, angry, sad, afraid, disgusted, melancholic, surprised, calm) from 0 to 1.2, or a
                 `dict` with names; a list of them holds one (or `None`) for each text.
             emotion_text (`str`, `list[str]` or `True`, *optional*):
-                A description of the emotion, read by the checkpoint's emotion language model; `True` takes the text itself.
+                A description of the emotion, read by the checkpoint's emotion language model; a list holds one (or `None`)
+                for each text; `True` takes the text itself.
             emotion_strength (`float`, defaults to 1.0):
                 0–1, how much of the emotion is used.
             duration_s (`float`, or one (or `None`) for each text, *optional*):
@@ -96,7 +116,7 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
             kwargs:
                 Other arguments of [`~IndexTTS2ForTextToWaveform.stream`] (`num_inference_steps`, `guidance_scale`,
                 `segment_silence_s`, `segment_batch_size` …), generation settings (`temperature`, `num_beams` …),
-                `max_text_tokens`, and those of the stock pipeline.
+                `max_text_tokens`, and those of the stock pipeline. `batch_size` means `segment_batch_size` for a list.
 
         Returns:
             A `dict` with `audio`, a float32 array of shape `(num_samples,)`, and `sampling_rate`; for a list of texts a list
@@ -116,10 +136,13 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
             seed=seed,
             **kwargs,
         )
-        if isinstance(text, list) and all(isinstance(item, str) for item in text):
+        if isinstance(text, list | tuple) and all(isinstance(item, str) for item in text):
             # The stock pipeline takes the items of a list one by one; here they are one batch.
+            arguments.pop("num_workers", None)
+            if "batch_size" in arguments:
+                arguments.setdefault("segment_batch_size", arguments.pop("batch_size"))
             preprocess_params, forward_params, postprocess_params = self._sanitize_parameters(**arguments)
-            inputs = self.preprocess(text, **(self._preprocess_params | preprocess_params))
+            inputs = self.preprocess(list(text), **(self._preprocess_params | preprocess_params))
             outputs = self.forward(inputs, **(self._forward_params | forward_params))
             return [self.postprocess({"audio": [audio]}, **postprocess_params) for audio in outputs["audio"]]
         return super().__call__(text, **arguments)
@@ -130,10 +153,9 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         without the pauses. Takes the arguments of `__call__`.
         """
         preprocess_params, forward_params, _ = self._sanitize_parameters(**self._named(**kwargs))
-        with self.device_placement():
-            inputs = self._ensure_tensor_on_device(self.preprocess(text, **preprocess_params), device=self.device)
-            arguments = {**forward_params["forward_params"], **forward_params["generate_kwargs"]}
-            yield from self.model.stream(**inputs, **self._resolve(arguments))
+        inputs = self._ensure_tensor_on_device(self.preprocess(text, **preprocess_params), device=self.device)
+        arguments = {**forward_params["forward_params"], **forward_params["generate_kwargs"]}
+        yield from self.model.stream(**inputs, **self._resolve(arguments))
 
     @staticmethod
     def _named(**kwargs: Any) -> dict[str, Any]:
@@ -151,40 +173,65 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         preprocess_params |= {name: kwargs.pop(name) for name in _PREPROCESS_NAMES if name in kwargs}
         if "emotion_strength" in kwargs:
             preprocess_params.setdefault("emotion_strength", kwargs["emotion_strength"])
+        if "emotion_text" in preprocess_params and "seed" in kwargs:
+            preprocess_params["seed"] = kwargs["seed"]
+        arguments = {**preprocess_params, **kwargs, **(forward_params or {}), **(generate_kwargs or {})}
+        given = [name for name in _EMOTION_NAMES if arguments.get(name) is not None and arguments[name] is not False]
+        if len(given) > 1:
+            raise ValueError(f"Both `{given[0]}` and `{given[1]}` were given: give one emotion.")
         return super()._sanitize_parameters(
             preprocess_params=preprocess_params,
             forward_params={**kwargs, **(forward_params or {})},
             generate_kwargs=generate_kwargs,
         )
 
-    def preprocess(self, text: str | list[str], emotion_text: str | list[str] | bool | None = None, **kwargs: Any):
+    def preprocess(
+        self,
+        text: str | list[str],
+        emotion_text: str | list[str | None] | bool | None = None,
+        seed: int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         if emotion_text is not None and emotion_text is not False:
-            if kwargs.get("emotion_weights") is not None:
-                raise ValueError("Both `emotion_text` and `emotion_weights` were given: give one emotion.")
-            texts = [text] if isinstance(text, str) else list(text)
+            texts = [text] if isinstance(text, str) else text
             described = texts if emotion_text is True else emotion_text
-            described = [described] * len(texts) if isinstance(described, str) else described
-            if self.emotion_text_model is None:
-                self.emotion_text_model = EmotionTextModel.from_pretrained(self.model.config.name_or_path)
-                self.emotion_text_model.model.to(self.device)
-            unique = list(dict.fromkeys(described))
-            weights = dict(zip(unique, self.emotion_text_model(unique), strict=True))
-            kwargs["emotion_weights"] = [weights[item].tolist() for item in described]
+            described = [described] * len(texts) if isinstance(described, str) else list(described)
+            if len(described) != len(texts):
+                raise ValueError(
+                    f"`emotion_text` has {len(described)} descriptions for {len(texts)} text(s): give one for all or one "
+                    "for each."
+                )
+            kwargs["emotion_weights"] = self._read_emotions(described, seed)
         return super().preprocess(text, **kwargs)
 
-    def _forward(self, model_inputs: dict[str, Any], **kwargs: Any):
-        kwargs["forward_params"] = self._resolve(
-            {**kwargs["forward_params"], **kwargs["generate_kwargs"]}, model_inputs
-        )
+    def _read_emotions(self, described: list[str | None], seed: int | list[int] | None) -> list[list[float] | None]:
+        """Emotion weights of each description; equal ones are read once."""
+        if self.emotion_text_model is None:
+            self.emotion_text_model = EmotionTextModel.from_pretrained(
+                self.model.config.name_or_path, **self._hub_arguments
+            )
+            self.emotion_text_model.model.to(self.device)
+        questions = list(zip(described, seed if isinstance(seed, list) else [seed] * len(described), strict=True))
+        unique = [question for question in dict.fromkeys(questions) if question[0] is not None]
+        if not unique:
+            return [None] * len(described)
+        if seed is None:
+            answers = self.emotion_text_model([item for item, _ in unique])
+        else:
+            # A sampled answer depends on its batch: with a seed they are asked one by one.
+            answers = torch.cat([self.emotion_text_model(item, seed=item_seed) for item, item_seed in unique])
+        weights = dict(zip(unique, answers.tolist(), strict=True))
+        return [weights.get(question) for question in questions]
+
+    def _forward(self, model_inputs: dict[str, Any], **kwargs: Any) -> IndexTTS2Output:
+        kwargs["forward_params"] = self._resolve({**kwargs["forward_params"], **kwargs["generate_kwargs"]})
         kwargs["generate_kwargs"] = {}
         return super()._forward(model_inputs, **kwargs)
 
-    def _resolve(self, arguments: dict[str, Any], model_inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _resolve(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Voices and emotion references in any form as the values that the model takes, each recording encoded once."""
         arguments = dict(arguments)
         if arguments.get("emotion_audio") is not None:
-            if model_inputs is not None and "emotion_weights" in model_inputs:
-                raise ValueError("`emotion_audio` was given with another emotion: give one emotion.")
             arguments["emotion_features"] = _each_once(arguments.pop("emotion_audio"), self.model.encode_emotion)
         if arguments.get("voice") is not None:
             arguments["voice"] = _each_once(arguments["voice"], self.load_voice)
@@ -219,4 +266,4 @@ def _each_once(value: Any, function: Callable[[Any], Any]) -> Any:
     return [done[item if isinstance(item, str | os.PathLike) else id(item)] for item in value]
 
 
-__all__ = ["IndexTTS2TextToAudioPipeline"]
+__all__ = ["IndexTTS2TextToAudioPipeline", "embedded_checkpoint"]

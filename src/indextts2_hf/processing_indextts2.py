@@ -5,6 +5,7 @@ The processor of IndexTTS2: text, recordings and emotion weights to the tensors 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -45,7 +46,9 @@ class IndexTTS2Processor(ProcessorMixin):
         Raises:
             ValueError: there is nothing to speak.
         """
-        segments = self.tokenizer.split_text(text, max_text_tokens or self.max_text_tokens)
+        segments = self.tokenizer.split_text(
+            text, self.max_text_tokens if max_text_tokens is None else max_text_tokens
+        )
         return [self.tokenizer.convert_tokens_to_string(pieces) for pieces in segments]
 
     def __call__(
@@ -100,10 +103,12 @@ class IndexTTS2Processor(ProcessorMixin):
         if emotion_audio is not None and emotion_weights is not None:
             raise ValueError("Both `emotion_audio` and `emotion_weights` were given: give one emotion.")
 
+        if max_text_tokens is None:
+            max_text_tokens = self.max_text_tokens
         separator = self.tokenizer.eos_token_id
         rows = []
         for item in texts:
-            segments = self.tokenizer.split_text(item, max_text_tokens or self.max_text_tokens, quick_streaming_tokens)
+            segments = self.tokenizer.split_text(item, max_text_tokens, quick_streaming_tokens)
             ids = [
                 token_id
                 for pieces in segments
@@ -128,9 +133,9 @@ class IndexTTS2Processor(ProcessorMixin):
         num_texts: int,
     ) -> torch.Tensor:
         """Checked and scaled weights of shape `(num_texts, 8)`."""
-        is_one_for_each = not isinstance(emotion_weights, Mapping) and any(
-            item is None or isinstance(item, Mapping | Sequence | torch.Tensor) and not is_scalar(item)
-            for item in emotion_weights
+        is_one_for_each = not isinstance(emotion_weights, Mapping | str) and any(
+            item is None or isinstance(item, Mapping) or np.ndim(item) > 0
+            for item in (emotion_weights if np.iterable(emotion_weights) else [])
         )
         given = list(emotion_weights) if is_one_for_each else [emotion_weights] * num_texts
         if len(given) != num_texts:
@@ -145,11 +150,6 @@ class IndexTTS2Processor(ProcessorMixin):
                 for row in given
             ]
         )
-
-
-def is_scalar(value: Any) -> bool:
-    """Whether `value` is a tensor that holds one number."""
-    return isinstance(value, torch.Tensor) and value.ndim == 0
 
 
 __all__ = ["IndexTTS2Processor"]

@@ -19,11 +19,12 @@ EMAIL = re.compile(r"[a-zA-Z0-9]+@[a-zA-Z0-9]+\.[a-zA-Z]+")
 ANNOTATION = re.compile(r"<[^<>|]+\|[^<>|]+>")
 ANNOTATION_STAND_IN = "qzx{}xzq"
 CONTRACTION = re.compile(r"\b(what|where|who|which|how|there|here|it|she|he|that|this)'s\b", re.IGNORECASE)
-# "GPT-5-nano", "F5-TTS": the hyphens become `<H>`, so that the engine does not read them as minus or "to".
-TECH_TERM = re.compile(r"[a-zA-Z][a-zA-Z0-9]*(?:-[a-zA-Z0-9]+)+")
-HYPHEN_STAND_IN = re.compile(r"\s*<H>\s*")
+# "GPT-5-nano", "F5-TTS": the hyphens become `<H>`, so that the engine does not read them as minus or "to". Words without
+# one match too, which keeps the search linear; so do the look-behinds here.
+TECH_TERM = re.compile(r"[a-zA-Z][a-zA-Z0-9]*(?:-[a-zA-Z0-9]+)*")
+HYPHEN_STAND_IN = re.compile(r"(?<!\s)\s*<H>\s*")
 # "约瑟夫·高登-莱维特": a transliterated name.
-NAME = re.compile(r"[\u4e00-\u9fff]+(?:[-·—][\u4e00-\u9fff]+){1,2}")
+NAME = re.compile(r"(?<![\u4e00-\u9fff])[\u4e00-\u9fff]+(?:[-·—][\u4e00-\u9fff]+){1,2}")
 NAME_STAND_IN = "<n_{}>"
 # "XUAN4": optional initial and a final, or a bare "ng" or "er", then the tone.
 PINYIN_FINALS = (
@@ -56,7 +57,7 @@ CHARACTER_PATTERNS = {
 }
 
 # The engine's time and memory (25 kB a character) grow faster than the text, so a longer one goes through in passages.
-MAX_PASSAGE_LENGTH = 500
+MAX_PASSAGE_LENGTH = 1000
 SENTENCE_BREAK = re.compile(r"(?<=[a-z]{3}[.!?])\s+(?=[A-Z\"'“])|(?<=[。！？；\n])")
 
 # What the engine would change. Chinese: digits alone. English: anything but letters and plain punctuation, and the
@@ -65,14 +66,14 @@ SENTENCE_BREAK = re.compile(r"(?<=[a-z]{3}[.!?])\s+(?=[A-Z\"'“])|(?<=[。！�
 NEEDS_ENGINE = {
     "zh": re.compile(r"\d+"),
     "en": re.compile(
-        r"""[^\s.,!?;:'’‘“”…—–()\[\]-]*(?:[\d_]|[^\w\s.,!?;:'’‘“”…—–()\[\]-])\S*  # digits and symbols
+        r"""(?:[\d_]|[^\w\s.,!?;:'’‘“”…—–()\[\]-])\S*  # digits and symbols
         | \b(?:Apt|Bldg|Capt|Co|Col|Drs?|Esq|Ft|Gen|Gov|Hon|Lt|Ltd|Maj|Mt|No|NO|Rev|Sgt|Vol|VOL|Aka)\.  # titles
         | \b(?:Mrs?|Ms|Jr|Esq|Mon|Tue?|Wed|Thu?|Thurs?|Fri|Sat|Sun)\b | \bWorld\sWar\sI | \b(?:HVAC|SPDR|TV|VTE|ZIP)\b
         | \b[A-Za-z]\.(?=\s?\w)  # initials: A. B. Smith
-        | \w+\.\w\S*  # domains: example.com
+        | (?<=\w)\.\w\S*  # domains: example.com
         | ,\s?[A-Z]{2}\b  # states: Austin, TX
         | \bper\s[A-Za-z]{1,4}\b  # units: per kg
-        | \w*(?:[a-z][A-Z]|[A-Z]{2}[a-z])\w*  # CPUs, iOS
+        | (?:[a-z][A-Z]|[A-Z]{2}[a-z])\w*  # iOS, CPUs
         """,
         re.VERBOSE,
     ),
@@ -103,7 +104,7 @@ class TextNormalizer:
         glossary (`dict[str, str | dict[str, str]]`, *optional*):
             Terms and how to say them, `{"TTS": "T T S", "C++": {"en": "C plus plus", "zh": "C 加加"}}`. A term that has
             no entry for the language at hand stays as it is. Case does not matter; longer terms go first; a term is
-            not looked for inside a longer run of ASCII letters.
+            replaced wherever its letters stand, also inside a word.
 
     Raises:
         ValueError: if the glossary is not of this form.
@@ -157,24 +158,13 @@ class TextNormalizer:
         return _restore(annotations, ANNOTATION_STAND_IN, text)
 
     def _apply_glossary(self, text: str, language: str) -> str:
-        readings = {
-            term.lower(): spoken if isinstance(spoken, str) else spoken.get(language)
-            for term, spoken in self.glossary.items()
-        }
-        readings = {term: spoken for term, spoken in readings.items() if spoken is not None}
-        if not readings:
-            return text
-        # Parity: the original replaces one term after the other and also inside words, so that "AI" changes "said" and a
-        # replacement can be replaced again. Here a text is replaced once, and a term does not touch further letters.
-        terms = [
-            ("(?<![a-z])" if term[0].isascii() and term[0].isalpha() else "")
-            + re.escape(term)
-            + ("(?![a-z])" if term[-1].isascii() and term[-1].isalpha() else "")
-            for term in sorted(readings, key=len, reverse=True)
-        ]
-        return re.sub(
-            "|".join(terms), lambda match: readings.get(match[0].lower(), match[0]), text, flags=re.IGNORECASE
-        )
+        # Parity: one term after the other, the longest first, also inside words.
+        for term in sorted(self.glossary, key=len, reverse=True):
+            spoken = self.glossary[term]
+            reading = spoken if isinstance(spoken, str) else spoken.get(language)
+            if reading is not None:
+                text = re.sub(re.escape(term), lambda match, reading=reading: reading, text, flags=re.IGNORECASE)
+        return text
 
 
 def _protect(pattern: re.Pattern, stand_in: str, text: str) -> tuple[str, dict[str, str]]:
@@ -204,11 +194,12 @@ def _apply_engine(text: str, language: str) -> str:
     try:
         from wetext import Normalizer
     except ImportError as error:
-        found = NEEDS_ENGINE[language].search(text.replace("<H>", " "))
+        found = NEEDS_ENGINE[language].search(text.replace("<H>", " - "))
         if found is None:
             return " ".join(text.split()) if language == "en" else text.strip()
+        word = found.string[: found.start()].rpartition(" ")[2] + found[0]
         raise ImportError(
-            f"The text has {found[0].strip()!r}, which must become words before it can be spoken, and the package `wetext` "
+            f"The text has {word!r}, which must become words before it can be spoken, and the package `wetext` "
             'that does it is not installed. Run `pip install "indextts2-hf[text]"`, or write numbers, symbols and '
             "abbreviations as words."
         ) from error
@@ -217,8 +208,7 @@ def _apply_engine(text: str, language: str) -> str:
     spoken = ""
     for passage in _split_passages(text):
         written = passage.strip()
-        before, after = passage.split(written) if written else (passage, "")
-        spoken += before + (_normalize_passage(engine.normalize, written) if written else "") + after
+        spoken += passage.replace(written, _normalize_passage(engine.normalize, written)) if written else passage
     return spoken.strip()
 
 

@@ -23,7 +23,7 @@ VOCAB_FILES_NAMES = {"vocab_file": "bpe.model"}
 WORD_START = "▁"
 CJK = r"[\u1100-\u11ff\u2e80-\ua4cf\ua840-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff65-\uffdc\U00020000-\U0002ffff]"
 CJK_CHARACTER = re.compile(f"({CJK})")
-SPACE_AROUND_CJK = re.compile(rf"\s*({CJK})\s*")
+SPACE_AROUND_CJK = re.compile(rf"(?<={CJK})\s+|(?<!\s)\s+(?={CJK})")
 
 # Parity: "▁!" is not among the ends of a sentence.
 SENTENCE_ENDS = {".", "!", "?", "▁.", "▁?", "▁..."}
@@ -173,6 +173,11 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
             )
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"The text {text[:50]!r} has half of a surrogate pair, which is not a character. Read the file or the message "
+                "it comes from as UTF-8."
+            )
         # Parity: one character alone is looked up as it is, neither normalised nor upper-cased.
         if len(text.strip()) != 1:
             text = self.normalizer(text) if self.do_normalize else text
@@ -180,14 +185,14 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
         pieces = self.sp_model.encode(text, out_type=str)
         unknown = self._find_unknown(pieces)
         if unknown:
-            logger.warning_once(f"Characters that the vocabulary lacks cannot be spoken: {' '.join(unknown)}")
+            logger.warning_once(f"Characters that the vocabulary lacks cannot be spoken: {''.join(unknown)!r}")
         return pieces
 
     def _find_unknown(self, pieces: list[str]) -> list[str]:
         """The characters of those pieces that the vocabulary lacks, sorted."""
         ids = self.sp_model.piece_to_id(pieces)
         unknown = {piece for piece, token_id in zip(pieces, ids, strict=True) if token_id == self.sp_model.unk_id()}
-        return sorted(set("".join(unknown)))
+        return sorted(set("".join(unknown)) - {WORD_START})
 
     def split_text(self, text: str, max_text_tokens: int = 120, quick_streaming_tokens: int = 0) -> list[list[str]]:
         r"""
@@ -204,9 +209,12 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
 
         Raises:
             ValueError: if the text is empty or blank, or if nothing in it is known to the vocabulary but punctuation
-                (an emoji alone).
+                (an emoji alone), or if it holds half of a surrogate pair.
+            TypeError: if the text is not a string.
             ImportError: if the text needs the engine of the extra `text` and it is not installed.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"The text is {text!r}, but it must be a string. Split the texts of a batch one by one.")
         pieces = self.tokenize(text)
         if not any(piece != WORD_START for piece in pieces):
             raise ValueError(f"The text is {text[:50]!r}, with nothing in it to speak. Give at least one word.")
@@ -215,14 +223,14 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
             character.isalnum() for piece in pieces for character in piece if character not in unknown
         ):
             raise ValueError(
-                f"The text {text[:50]!r} has only characters that the vocabulary lacks ({' '.join(unknown)}), so nothing of "
+                f"The text {text[:50]!r} has only characters that the vocabulary lacks ({''.join(unknown)!r}), so nothing of "
                 "it can be spoken. Write it in Chinese or Latin letters."
             )
         return split_pieces(pieces, max_text_tokens, quick_streaming_tokens)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Readable text: the pieces joined, without the spaces around Chinese characters. It stays upper-case."""
-        return SPACE_AROUND_CJK.sub(r"\1", super().convert_tokens_to_string(tokens))
+        return SPACE_AROUND_CJK.sub("", super().convert_tokens_to_string(tokens))
 
 
 __all__ = ["IndexTTS2Tokenizer", "pre_tokenize_cjk", "split_pieces"]

@@ -1,0 +1,407 @@
+"""
+The command line of IndexTTS2: `indextts2 speak`, `voice`, `convert` and `info`, their options and exit codes.
+
+It lies beside the package because importing the package takes seconds: help, the version and most mistakes are answered with
+the standard library alone. What the commands do is in `indextts2_hf.cli`.
+"""
+
+import argparse
+import errno
+import math
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 1, 130
+
+# What the system says about paths that the user named. Other system errors (a full disk) are not the user's mistake.
+PATH_ERRORS = (
+    None,
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+EPILOG = """\
+exit codes: 0 done; 2 wrong usage or input; 1 unexpected failure; 130 interrupted.
+Without --model the small model inside the package is used, and nothing is downloaded.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations, whose errors are one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"indextts2: error: {message} (see `{self.prog} --help`)\n")
+
+
+class Version(argparse.Action):
+    """Prints the versions that a bug report needs; the installed packages are only looked up when asked."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
+        from importlib import metadata
+
+        versions = {}
+        for name in ("indextts2-hf", "torch", "transformers", "diffusers"):
+            try:
+                versions[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                versions[name] = "(not installed)"
+        ours = versions.pop("indextts2-hf")
+        others = ", ".join(f"{name} {version}" for name, version in versions.items())
+        sys.stdout.write(f"indextts2 {ours} ({others}, Python {sys.version.split()[0]})\n")
+        parser.exit()
+
+
+def number(kind: type, least: float, most: float = math.inf, is_open: bool = False) -> Callable[[str], float]:
+    """A type for options: a finite number from `least` (itself excluded if `is_open`) to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        is_enough = value > least if is_open else value >= least
+        if not (math.isfinite(value) and is_enough and value <= most):
+            what = "a whole number" if kind is int else "a number"
+            bounds = f"above {least}" if is_open else f"of at least {least}"
+            bounds += "" if most == math.inf else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
+        return value
+
+    return read
+
+
+def input_file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, name a file in it")
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return path
+
+
+def input_folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    return path
+
+
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """A type for options: where a file of one of these kinds can be made."""
+
+    def read(text: str) -> Path:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r} is a folder, name a file in it")
+        if path.suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(suffixes)}")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder '{path.parent}' for {text!r}, make it first")
+        return path
+
+    return read
+
+
+def model_name(text: str) -> str:
+    """A folder, or else something that can be the id of a repository on the Hub."""
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file, name a checkpoint folder or a Hub repository id")
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) is None:
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}, and a Hub repository id is like 'owner/name'")
+    return text
+
+
+def emotion_weights(text: str) -> list[float] | dict[str, float]:
+    """`0,0,0.5,0,0,0,0,0` or `sad=0.5`; names and ranges are checked with the model's own rules later."""
+    items = [item.strip() for item in text.split(",")]
+    try:
+        if "=" not in text:
+            return [float(item) for item in items]
+        pairs = [item.split("=") for item in items]
+        weights = {name.strip(): float(weight) for name, weight in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither eight numbers (0,0,0.5,0,0,0,0,0) nor names with numbers (sad=0.5,calm=0.2)"
+        ) from None
+    if len(weights) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names an emotion twice")
+    return weights
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="indextts2",
+        description="Zero-shot text-to-speech with exact duration and emotion.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=Version, help="show the versions and exit")
+    common = Parser(add_help=False)
+    messages = common.add_argument_group("messages")
+    messages.add_argument("-q", "--quiet", action="store_true", help="no progress, no warnings, no summary")
+    messages.add_argument("-v", "--verbose", action="store_true", help="also what the libraries below have to say")
+    messages.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    settings: dict[str, Any] = {
+        "parents": [common],
+        "epilog": EPILOG,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    add_speak(commands.add_parser("speak", help="text to an audio file", description=SPEAK, **settings))
+    add_voice(commands.add_parser("voice", help="recording to a voice file", description=VOICE, **settings))
+    add_convert(commands.add_parser("convert", help="original checkpoint to ours", description=CONVERT, **settings))
+    add_info(commands.add_parser("info", help="what a checkpoint holds", description=INFO, **settings))
+    return parser
+
+
+SPEAK = """\
+Speak a text of any length. It is cut into segments that are spoken one by one, so memory does not grow with it.
+
+  indextts2 speak "Hello, world." --voice recording.wav -o hello.wav
+  indextts2 speak "I can't believe it!" --emotion-weights surprised=0.8 --duration-s 2.5
+  indextts2 speak --text-file book.txt -o book.flac --seed 7
+"""
+
+
+def add_speak(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what and where").add_mutually_exclusive_group()
+    what.add_argument("text", nargs="?", help="what to say; '-', or nothing, reads standard input")
+    what.add_argument("--text-file", type=input_file, metavar="FILE", help="read it from a file, in UTF-8")
+    where = parser.add_argument_group("output")
+    where.add_argument(
+        "-o",
+        "--output",
+        type=output_file(".wav", ".flac"),
+        default="out.wav",
+        metavar="FILE",
+        help=".wav or .flac, 16 bits, mono; an existing file is replaced at the end (default: %(default)s)",
+    )
+    where.add_argument("--json", action="store_true", help="print a JSON object about the result instead of a summary")
+
+    who = parser.add_argument_group("voice")
+    add_model(who)
+    who.add_argument(
+        "--voice",
+        metavar="VOICE",
+        help="a recording (its first 15 s are used), a file of `indextts2 voice`, or the name of a voice of the model "
+        "(default: the model's own)",
+    )
+
+    emotion = parser.add_argument_group("emotion", "one of the first three; otherwise that of the voice")
+    kind = emotion.add_mutually_exclusive_group()
+    kind.add_argument("--emotion-audio", type=input_file, metavar="FILE", help="as in this recording")
+    kind.add_argument(
+        "--emotion-weights",
+        type=emotion_weights,
+        metavar="WEIGHTS",
+        help="names with numbers from 0 to 1.2 (1 is full), as in happy=0.6,sad=0.2, or eight numbers in the order happy, "
+        "angry, sad, afraid, disgusted, melancholic, surprised, calm",
+    )
+    kind.add_argument(
+        "--emotion-text",
+        nargs="?",
+        const=True,
+        metavar="TEXT",
+        help="as described by TEXT, or by the text itself if TEXT is left out; needs a model with a language model for it",
+    )
+    emotion.add_argument(
+        "--emotion-strength",
+        type=number(float, 0, 1),
+        default=1.0,
+        metavar="X",
+        help="how much of the emotion is used, 0 to 1 (default: %(default)s)",
+    )
+
+    length = parser.add_argument_group("length").add_mutually_exclusive_group()
+    length.add_argument(
+        "--duration-s",
+        type=number(float, 0, is_open=True),
+        metavar="S",
+        help="exact length in seconds, pauses included (default: free)",
+    )
+    length.add_argument(
+        "--num-semantic-tokens", type=number(int, 1), metavar="N", help="exact number of semantic tokens, 50 a second"
+    )
+    segments = parser.add_argument_group("segments")
+    segments.add_argument(
+        "--max-text-tokens", type=number(int, 1), metavar="N", help="most text tokens in a segment (default: 120)"
+    )
+    segments.add_argument(
+        "--segment-silence-s",
+        type=number(float, 0),
+        default=0.2,
+        metavar="S",
+        help="pause between segments in seconds (default: %(default)s)",
+    )
+
+    sampling = parser.add_argument_group("sampling", "the defaults of the first five are the model's own")
+    sampling.add_argument("--num-beams", type=number(int, 1), metavar="N", help="beams of the search")
+    sampling.add_argument("--temperature", type=number(float, 0, is_open=True), metavar="X", help="above 0")
+    sampling.add_argument("--top-p", type=number(float, 0, 1, is_open=True), metavar="X", help="above 0, at most 1")
+    sampling.add_argument("--top-k", type=number(int, 1), metavar="N", help="at least 1")
+    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token instead of sampling")
+    sampling.add_argument(
+        "--num-inference-steps", type=number(int, 1), metavar="N", help="flow-matching steps (default: 25)"
+    )
+    sampling.add_argument(
+        "--guidance-scale",
+        type=number(float, 0),
+        default=1.7,
+        metavar="X",
+        help="strength of voice and text in flow matching; 1 or less is none and faster (default: %(default)s)",
+    )
+    sampling.add_argument(
+        "--seed", type=number(int, 0), metavar="N", help="same seed, same audio (default: random, and told)"
+    )
+    add_device(parser.add_argument_group("machine"))
+    parser.set_defaults(check=partial(check_speak, parser))
+
+
+def check_speak(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.text is None and args.text_file is None and (sys.stdin is None or sys.stdin.isatty()):
+        parser.error("there is no text: give it as an argument, with --text-file or on standard input")
+    if args.greedy and (args.temperature, args.top_p, args.top_k) != (None, None, None):
+        parser.error("--greedy does not sample: it does not go with --temperature, --top-p or --top-k")
+    for path in (args.voice, args.emotion_audio, args.text_file):
+        if path is not None and args.output.exists() and os.path.exists(path) and args.output.samefile(path):
+            parser.error(f"the output '{args.output}' is also an input and would be lost: name another with -o")
+
+
+VOICE = """\
+Make a voice of a recording once, to speak with it faster later and without the recording.
+
+  indextts2 voice recording.wav -o me.safetensors
+  indextts2 speak "It's me." --voice me.safetensors
+"""
+
+
+def add_voice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recording", type=input_file, help="an audio file; its first 15 s are used")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=output_file(".safetensors"),
+        required=True,
+        metavar="FILE",
+        help=".safetensors; an existing file is replaced at the end",
+    )
+    add_model(parser)
+    add_device(parser)
+
+
+CONVERT = """\
+Convert the original checkpoint of IndexTTS2, a folder with config.yaml, gpt.pth and s2mel.pth, to a folder for
+transformers and diffusers.
+"""
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "original_folder", type=input_folder, metavar="ORIGINAL_FOLDER", help="the original checkpoint"
+    )
+    parser.add_argument("output_folder", type=Path, metavar="OUT", help="the folder to write")
+    parts = parser.add_argument_group("parts from elsewhere", "where they are, if not in the original folder")
+    parts.add_argument("--w2v-bert", type=input_folder, metavar="DIR", help="facebook/w2v-bert-2.0")
+    parts.add_argument("--semantic-codec", type=input_folder, metavar="DIR", help="the codec of amphion/MaskGCT")
+    parts.add_argument("--speaker-encoder", type=input_folder, metavar="DIR", help="funasr/campplus")
+    parts.add_argument("--vocoder", type=input_folder, metavar="DIR", help="nvidia/bigvgan_v2_22khz_80band_256x")
+
+
+INFO = """\
+Tell what a checkpoint holds: parts and their sizes, rates, limits, voices. No weights are loaded.
+"""
+
+
+def add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", nargs="?", type=input_folder, metavar="FOLDER", help="a checkpoint (default: the embedded one)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def add_model(group: Any) -> None:
+    group.add_argument(
+        "--model",
+        type=model_name,
+        metavar="MODEL",
+        help="a checkpoint folder or the id of a repository on the Hub (default: the embedded model)",
+    )
+
+
+def add_device(group: Any) -> None:
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="of the text-to-semantic transformer; the rest runs in float32 (default: the saved one)",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and gives its exit code; `arguments` are those of the process by default."""
+    started = time.perf_counter()
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if hasattr(args, "check"):
+        args.check(args)
+    args.started = started
+    is_local = getattr(args, "model", None) is None or Path(args.model).is_dir()
+    if is_local:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    is_bad_input = False
+    try:
+        with warnings.catch_warnings():
+            if not args.verbose:
+                warnings.simplefilter("ignore")
+            from indextts2_hf import cli
+
+            try:
+                cli.run(args)
+                return 0
+            except Exception as error:
+                is_bad_input = isinstance(error, ValueError | ImportError) or (
+                    isinstance(error, OSError) and error.errno in PATH_ERRORS
+                )
+                raise
+    except KeyboardInterrupt:
+        sys.stderr.write("indextts2: interrupted\n")
+        return INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        if not is_bad_input:
+            message = f"unexpected {type(error).__name__}: {message} (--debug shows where)"
+        sys.stderr.write(f"indextts2: error: {message}\n")
+        return BAD_INPUT if is_bad_input else UNEXPECTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

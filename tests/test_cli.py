@@ -1,0 +1,506 @@
+"""The command line: a few real processes, otherwise `main` in this one, over the embedded checkpoint."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import SAMPLING_RATE, make_speech
+
+import indextts2_cli
+from indextts2_hf import cli, embedded_checkpoint
+
+
+HELLO = "Hello, world."
+
+
+def run_process(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    source = Path(indextts2_cli.__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{source}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.run(
+        [sys.executable, "-m", "indextts2_cli", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        timeout=300,
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """`run(*arguments, stdin="...")` in an empty folder: exit code, standard output, lines of standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments, stdin: str | None = None) -> SimpleNamespace:
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode("utf-8"))))
+        capsys.readouterr()
+        try:
+            code = indextts2_cli.main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
+        output, errors = capsys.readouterr()
+        return SimpleNamespace(code=code, output=output, errors=errors.splitlines())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> Path:
+    """Good and bad recordings."""
+    folder = tmp_path_factory.mktemp("recordings")
+    good = make_speech(1.0)
+    soundfile.write(folder / "good.wav", good, SAMPLING_RATE)
+    soundfile.write(folder / "stereo.flac", np.stack([good, 0.5 * good], axis=1), SAMPLING_RATE)
+    soundfile.write(folder / "8khz.wav", make_speech(1.0, 8000), 8000)
+    soundfile.write(folder / "96khz.wav", make_speech(1.0, 96000), 96000)
+    soundfile.write(folder / "10min.wav", np.tile(make_speech(10.0, 8000), 60), 8000)
+    soundfile.write(folder / "silent.wav", np.zeros(SAMPLING_RATE), SAMPLING_RATE)
+    soundfile.write(folder / "short.wav", good[:1000], SAMPLING_RATE)
+    soundfile.write(folder / "nan.wav", np.where(good > 0.1, np.nan, good), SAMPLING_RATE, subtype="FLOAT")
+    (folder / "empty.wav").touch()
+    (folder / "header.wav").write_bytes((folder / "good.wav").read_bytes()[:30])
+    (folder / "half.wav").write_bytes((folder / "good.wav").read_bytes()[:20000])
+    (folder / "text.wav").write_text("This is no audio file. " * 100)
+    return folder
+
+
+def assert_refused(result: SimpleNamespace, match: str, left: list[str] | None = None) -> None:
+    assert result.code == 2, result.errors
+    assert result.output == ""
+    assert len(result.errors) == 1, result.errors
+    assert result.errors[0].startswith("indextts2: error: ")
+    assert match in result.errors[0]
+    assert sorted(os.listdir()) == sorted(left or [])
+
+
+class TestProcess:
+    def test_help_is_quick(self):
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            result = run_process("--help")
+            seconds.append(time.perf_counter() - started)
+            assert result.returncode == 0
+        assert min(seconds) < 1.0
+        assert all(command in result.stdout for command in ("speak", "voice", "convert", "info"))
+
+    def test_speak_from_standard_input(self, tmp_path):
+        result = run_process("speak", "-", "--json", "--duration-s", "1", input="你好，世界。", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        described = json.loads(result.stdout)
+        assert described["num_samples"] == SAMPLING_RATE == len(soundfile.read(tmp_path / "out.wav")[0])
+        assert result.stderr.splitlines() == ["indextts2: warning: the embedded model is untrained: it makes noise"]
+
+    def test_bad_input(self, tmp_path):
+        (tmp_path / "text.wav").write_text("This is no audio file. " * 100)
+        result = run_process("speak", HELLO, "--voice", "text.wav", cwd=tmp_path)
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith(
+            "indextts2: error: The audio file 'text.wav' is empty, damaged or in an unknown"
+        )
+        assert os.listdir(tmp_path) == ["text.wav"]
+
+
+class TestParser:
+    @pytest.mark.parametrize("command", ["speak", "voice", "convert", "info"])
+    def test_help(self, run, command):
+        result = run(command, "--help")
+        assert result.code == 0
+        assert f"usage: indextts2 {command}" in result.output
+
+    def test_version(self, run):
+        result = run("--version")
+        assert result.code == 0
+        assert result.output.startswith("indextts2 ")
+        assert torch.__version__ in result.output
+
+    @pytest.mark.parametrize(
+        "arguments, match",
+        [
+            ([], "the following arguments are required: COMMAND"),
+            (["sing"], "invalid choice: 'sing'"),
+            (["speak", "a", "b"], "unrecognized arguments: b"),
+            (["speak", "a", "--duration", "1"], "unrecognized arguments: --duration"),
+            (["speak", "a", "--duration-s", "0"], "'0' is not a number above 0"),
+            (["speak", "a", "--duration-s", "-1"], "'-1' is not a number above 0"),
+            (["speak", "a", "--duration-s", "nan"], "'nan' is not a number above 0"),
+            (["speak", "a", "--duration-s", "inf"], "'inf' is not a number above 0"),
+            (["speak", "a", "--num-semantic-tokens", "0"], "'0' is not a whole number of at least 1"),
+            (["speak", "a", "--num-semantic-tokens", "1.5"], "'1.5' is not a whole number"),
+            (["speak", "a", "--duration-s", "1", "--num-semantic-tokens", "50"], "not allowed with argument"),
+            (["speak", "a", "--emotion-weights", "sad=1", "--emotion-text"], "not allowed with argument"),
+            (["speak", "a", "--emotion-weights", "sad"], "neither eight numbers"),
+            (["speak", "a", "--emotion-weights", "sad=0.1,sad=0.2"], "names an emotion twice"),
+            (["speak", "a", "--emotion-audio", "missing.wav"], "there is no file 'missing.wav'"),
+            (["speak", "a", "--emotion-strength", "2"], "'2' is not a number of at least 0 and at most 1"),
+            (["speak", "a", "--top-p", "1.5"], "'1.5' is not a number above 0 and at most 1"),
+            (["speak", "a", "--greedy", "--top-k", "3"], "--greedy does not sample"),
+            (["speak", "a", "--seed", "one"], "'one' is not a whole number"),
+            (["speak", "--text-file", "missing.txt"], "there is no file 'missing.txt'"),
+            (["speak", "a", "--text-file", "."], "'.' is a folder, name a file in it"),
+            (["speak", "a", "-o", "missing/out.wav"], "there is no folder 'missing'"),
+            (["speak", "a", "-o", "."], "'.' is a folder, name a file in it"),
+            (["speak", "a", "-o", "out.mp3"], "'out.mp3' must end in .wav or .flac"),
+            (["speak", "a", "--model", "./missing"], "there is no folder './missing'"),
+            (["voice", "missing.wav", "-o", "a.safetensors"], "there is no file 'missing.wav'"),
+            (["voice", __file__, "-o", "a.pt"], "'a.pt' must end in .safetensors"),
+            (["convert", "missing", "out"], "there is no folder 'missing'"),
+            (["info", "missing"], "there is no folder 'missing'"),
+        ],
+    )
+    def test_wrong_usage(self, run, arguments, match):
+        assert_refused(run(*arguments), match)
+
+    def test_no_text(self, run, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+        assert_refused(run("speak"), "there is no text: give it as an argument, with --text-file or on standard input")
+
+    def test_output_is_an_input(self, run, recordings):
+        shutil.copy(recordings / "good.wav", "me.wav")
+        assert_refused(run("speak", HELLO, "--voice", "me.wav", "-o", "./me.wav"), "would be lost", left=["me.wav"])
+
+    def test_model_is_a_file(self, run):
+        assert_refused(run("speak", HELLO, "--model", __file__), "is a file, name a checkpoint folder")
+
+
+class TestSpeak:
+    def test_summary(self, run):
+        result = run("speak", HELLO, "--duration-s", "1.2345", "--seed", "5")
+        assert result.code == 0, result.errors
+        assert result.output.startswith("out.wav: 1.23 s of speech in ")
+        assert "62 semantic tokens, 1 segment, seed 5" in result.output
+        assert result.errors == ["indextts2: warning: the embedded model is untrained: it makes noise"]
+        assert os.listdir() == ["out.wav"]
+        file = soundfile.info("out.wav")
+        assert (file.frames, file.samplerate, file.channels) == (round(1.2345 * SAMPLING_RATE), SAMPLING_RATE, 1)
+        assert (file.format, file.subtype) == ("WAV", "PCM_16")
+
+    def test_quiet(self, run):
+        result = run("speak", HELLO, "--duration-s", "1", "--quiet", "-o", "quiet.flac")
+        assert (result.code, result.output, result.errors) == (0, "", [])
+        assert soundfile.info("quiet.flac").format == "FLAC"
+
+    def test_json(self, run):
+        text = "One sentence is here. Another one is there."
+        result = run("speak", text, "--json", "--max-text-tokens", "8", "--num-semantic-tokens", "70", "--seed", "3")
+        described = json.loads(result.output)
+        assert set(described) == {
+            "output",
+            "sampling_rate",
+            "num_samples",
+            "duration_s",
+            "num_semantic_tokens",
+            "segments",
+            "seed",
+            "seconds",
+            "real_time_factor",
+            "model",
+        }
+        assert described["output"] == "out.wav" and described["model"] == "embedded" and described["seed"] == 3
+        samples, sampling_rate = soundfile.read("out.wav", dtype="int16")
+        assert sampling_rate == described["sampling_rate"] == SAMPLING_RATE
+        assert len(samples) == described["num_samples"]
+        assert described["duration_s"] == pytest.approx(len(samples) / SAMPLING_RATE)
+        segments = described["segments"]
+        assert len(segments) > 1
+        assert " ".join(segment["text"] for segment in segments).split() == text.upper().split()
+        assert sum(segment["num_semantic_tokens"] for segment in segments) == described["num_semantic_tokens"] == 70
+        pause = int(0.2 * SAMPLING_RATE)
+        assert sum(segment["num_samples"] for segment in segments) + pause * (len(segments) - 1) == len(samples)
+        first = segments[0]["num_samples"]
+        assert not samples[first : first + pause].any()
+        seconds = described["seconds"]
+        stages = {"import", "load", "text", "voice", "text_to_semantic", "semantic_to_mel", "vocoder"}
+        assert set(seconds) == stages | {"total"}
+        assert seconds["total"] == pytest.approx(sum(seconds[stage] for stage in stages))
+        assert described["real_time_factor"] > 0
+
+    def test_same_seed_same_bytes(self, run):
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            assert run("speak", HELLO, "-q", "--duration-s", "1", "--seed", seed, "-o", f"{name}.wav").code == 0
+        a, b, c = (Path(f"{name}.wav").read_bytes() for name in "abc")
+        assert a == b != c
+
+    def test_random_seed_is_told(self, run):
+        seeds = {
+            json.loads(run("speak", HELLO, "--json", "--num-semantic-tokens", "9").output)["seed"] for _ in range(2)
+        }
+        assert len(seeds) == 2
+
+    def test_free_length(self, run):
+        result = run("speak", HELLO, "--json")
+        assert 0.02 < json.loads(result.output)["duration_s"] < 4.0
+        samples = soundfile.read("out.wav")[0]
+        assert 0.01 < np.abs(samples).max() < 0.5
+
+    @pytest.mark.parametrize("text", ["Hello there, it's 5 km.", "今天天气很好。", "Hello, 世界！"])
+    def test_text_from_file_and_stdin(self, run, text):
+        Path("text.txt").write_text(f"\ufeff{text}\n", encoding="utf-8")
+        options = ["-q", "--seed", "1", "--num-semantic-tokens", "30"]
+        assert run("speak", text, *options, "-o", "argument.wav").code == 0
+        assert run("speak", "--text-file", "text.txt", *options, "-o", "file.wav").code == 0
+        assert run("speak", "-", *options, "-o", "dash.wav", stdin=text).code == 0
+        assert run("speak", *options, "-o", "stdin.wav", stdin=text).code == 0
+        assert len({Path(f"{name}.wav").read_bytes() for name in ("argument", "file", "dash", "stdin")}) == 1
+
+    def test_controls_change_the_audio(self, run, recordings):
+        variants = [
+            [],
+            ["--emotion-weights", "happy=0.6, sad=0.2"],
+            ["--emotion-weights", "0.6,0,0.2,0,0,0,0,0", "--emotion-strength", "0.5"],
+            ["--emotion-audio", recordings / "8khz.wav"],
+            ["--voice", recordings / "good.wav"],
+            ["--greedy"],
+            ["--num-beams", "2"],
+            ["--temperature", "1.5", "--top-k", "100", "--top-p", "1"],
+            ["--num-inference-steps", "3"],
+            ["--guidance-scale", "1"],
+            ["--dtype", "bfloat16"],
+        ]
+        audio = set()
+        for variant in variants:
+            result = run(
+                "speak", HELLO, "-q", "--seed", "1", "--num-semantic-tokens", "25", "--device", "cpu", *variant
+            )
+            assert (result.code, result.errors) == (0, []), variant
+            audio.add(Path("out.wav").read_bytes())
+        assert len(audio) == len(variants)
+
+    def test_weights_by_name_and_number_are_the_same(self, run):
+        options = ["-q", "--seed", "1", "--num-semantic-tokens", "25"]
+        run("speak", HELLO, *options, "--emotion-weights", "sad=0.2,happy=0.6", "-o", "names.wav")
+        run("speak", HELLO, *options, "--emotion-weights", "0.6,0,0.2,0,0,0,0,0", "-o", "numbers.wav")
+        assert Path("names.wav").read_bytes() == Path("numbers.wav").read_bytes()
+
+    @pytest.mark.parametrize("name", ["stereo.flac", "8khz.wav", "96khz.wav", "10min.wav", "half.wav"])
+    def test_kinds_of_recordings(self, run, recordings, name):
+        result = run("speak", HELLO, "--voice", recordings / name, "--num-semantic-tokens", "25")
+        assert result.code == 0, result.errors
+        warned = [line for line in result.errors if "untrained" not in line]
+        # Only a recording of which not all is used is worth a word.
+        assert len(warned) == (name == "10min.wav"), warned
+        assert all("is 600.0 s long: the first 15 s are used" in line for line in warned)
+
+    def test_voice_by_name(self, run):
+        for name, voice in (("default", []), ("named", ["--voice", "buzz"])):
+            run("speak", HELLO, "-q", "--seed", "1", "--num-semantic-tokens", "25", "-o", f"{name}.wav", *voice)
+        assert Path("default.wav").read_bytes() == Path("named.wav").read_bytes()
+
+    def test_existing_output_is_replaced(self, run):
+        Path("out.wav").write_text("old")
+        run("speak", HELLO, "-q", "--duration-s", "1")
+        assert soundfile.info("out.wav").duration == 1.0
+        assert os.listdir() == ["out.wav"]
+
+    def test_output_through_a_link(self, run, tmp_path):
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "real.wav").touch()
+        (tmp_path / "out.wav").symlink_to(tmp_path / "folder" / "real.wav")
+        run("speak", HELLO, "-q", "--duration-s", "1")
+        assert (tmp_path / "out.wav").is_symlink()
+        assert soundfile.info(tmp_path / "folder" / "real.wav").duration == 1.0
+
+    def test_progress_on_a_terminal(self, run, monkeypatch):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        result = run("speak", HELLO, "--num-semantic-tokens", "25", "--num-inference-steps", "2")
+        shown = "\n".join(result.errors)
+        assert "0/1" in shown and "segment" in shown
+        result = run("speak", HELLO, "--num-semantic-tokens", "25", "--quiet")
+        assert result.errors == []
+
+    def test_long_run_without_terminal_is_announced(self, run, monkeypatch):
+        monkeypatch.setattr(cli, "LONG_WORK_S", 0.0)
+        text = "We have time. " * 3
+        result = run("speak", text, "--max-text-tokens", "5", "--num-semantic-tokens", "30")
+        assert result.code == 0
+        announced = [line for line in result.errors if "more segments" in line]
+        assert announced == ["indextts2: 2 more segments, about 0 min"], result.errors
+
+    @pytest.mark.parametrize(
+        "arguments, match",
+        [
+            ([""], "The text is empty: there is nothing to speak"),
+            ([" \n\t "], "The text is blank: there is nothing to speak"),
+            ([HELLO, "--voice", "nobody"], "no voice named 'nobody', but ['buzz']"),
+            ([HELLO, "--voice", "missing.wav"], "There is no audio file 'missing.wav'"),
+            ([HELLO, "--voice", "missing.safetensors"], "There is no voice file 'missing.safetensors'"),
+            ([HELLO, "--voice", "."], "is a folder"),
+            ([HELLO, "--emotion-weights", "0,0,0,0,0,0,1"], "has 7 values but there are eight emotions"),
+            ([HELLO, "--emotion-weights", "0,0,0,0,0,0,0,0,1"], "has 9 values but there are eight emotions"),
+            ([HELLO, "--emotion-weights", "nan,0,0,0,0,0,0,0"], "is nan but must be finite"),
+            ([HELLO, "--emotion-weights", "sad=2.0"], "is 2.0 but must be finite and from 0 to 1.2"),
+            ([HELLO, "--emotion-weights", "bored=0.2"], "names 'bored', which is none of the eight emotions"),
+            ([HELLO, "--emotion-text", "so happy"], "There is no emotion language model"),
+            ([HELLO, "--duration-s", "3000"], "`duration_s` is 3000.0 but this checkpoint speaks at most 12.0 s"),
+            ([HELLO, "--duration-s", "0.01"], "needs at least"),
+            ([HELLO, "--num-semantic-tokens", "601"], "positions for at most 600"),
+            (["word " * 300, "--max-text-tokens", "400"], "tokens but this checkpoint has positions for 200"),
+            ([HELLO, "--device", "toaster"], "The device 'toaster' cannot be used"),
+            ([HELLO, "--model", "nobody/nothing"], "no such repository could be had from the Hub"),
+            ([HELLO, "--model", "."], "is no IndexTTS2 checkpoint: it has no config.json"),
+        ],
+    )
+    def test_bad_input(self, run, arguments, match):
+        assert_refused(run("speak", *arguments), match)
+
+    @pytest.mark.parametrize("text", ["😀", "😀 😀 😀"])
+    def test_unknown_characters(self, run, text):
+        result = run("speak", text)
+        assert result.code == 2
+        assert "only characters that the vocabulary lacks" in result.errors[-1]
+        assert all(line.startswith("indextts2: warning: ") for line in result.errors[:-1])
+        assert os.listdir() == []
+
+    @pytest.mark.parametrize("option", ["--voice", "--emotion-audio"])
+    @pytest.mark.parametrize(
+        "name, match",
+        [
+            ("empty.wav", "is empty, damaged or in an unknown format"),
+            ("header.wav", "empty"),
+            ("text.wav", "is empty, damaged or in an unknown format"),
+            ("silent.wav", "silent"),
+            ("short.wav", "0.25 s"),
+            ("nan.wav", "NaN or infinite"),
+        ],
+    )
+    def test_bad_recordings(self, run, recordings, option, name, match):
+        assert_refused(run("speak", HELLO, option, recordings / name), match)
+
+    def test_text_file_in_another_encoding(self, run):
+        Path("text.txt").write_bytes("你好，世界".encode("gb18030"))
+        assert_refused(run("speak", "--text-file", "text.txt"), "is not text in UTF-8", left=["text.txt"])
+
+    def test_voice_of_another_checkpoint(self, run, tiny_voice):
+        tiny_voice.save("other.safetensors")
+        result = run("speak", HELLO, "--voice", "other.safetensors")
+        assert_refused(result, "This voice was made with the checkpoint", left=["other.safetensors"])
+
+    def test_damaged_voice(self, run):
+        shutil.copy(embedded_checkpoint() / "voices" / "buzz.safetensors", "cut.safetensors")
+        os.truncate("cut.safetensors", 5000)
+        result = run("speak", HELLO, "--voice", "cut.safetensors")
+        assert_refused(result, "is not a readable safetensors file", left=["cut.safetensors"])
+
+    @pytest.mark.parametrize("part", ["t2s/model", "s2m/diffusion_pytorch_model", "semantic_encoder/model"])
+    def test_damaged_checkpoint(self, run, part):
+        shutil.copytree(embedded_checkpoint(), "model")
+        os.truncate(f"model/{part}.safetensors", 5000)
+        assert_refused(run("speak", HELLO, "--model", "model"), "'model' is damaged or incomplete", left=["model"])
+        assert_refused(run("info", "model"), "is not a readable safetensors file", left=["model"])
+
+    def test_checkpoint_of_another_kind(self, run):
+        shutil.copytree(embedded_checkpoint(), "model")
+        Path("model/config.json").write_text('{"model_type": "vits"}')
+        assert_refused(run("speak", HELLO, "--model", "model"), "its model type is 'vits'", left=["model"])
+        Path("model/config.json").write_text("{")
+        assert_refused(run("speak", HELLO, "--model", "model"), "is not readable JSON", left=["model"])
+
+    @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder where nobody can write")
+    def test_output_cannot_be_written(self, run):
+        assert_refused(run("speak", HELLO, "-o", "/proc/out.wav"), "'/proc/out.wav' cannot be written")
+
+    def test_interrupted(self, run, monkeypatch):
+        def interrupt(waveform):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "to_pcm", interrupt)
+        result = run("speak", HELLO, "--duration-s", "1", "-o", "half.wav")
+        assert result.code == 130
+        assert result.errors[-1] == "indextts2: interrupted"
+        assert os.listdir() == []
+
+    def test_unexpected_failure(self, run, monkeypatch):
+        def fail(waveform):
+            raise RuntimeError("two\nlines")
+
+        monkeypatch.setattr(cli, "to_pcm", fail)
+        result = run("speak", HELLO, "--duration-s", "1")
+        assert result.code == 1
+        assert result.errors[-1] == "indextts2: error: unexpected RuntimeError: two lines (--debug shows where)"
+        assert "Traceback" not in "\n".join(result.errors)
+        result = run("speak", HELLO, "--duration-s", "1", "--debug")
+        assert result.code == 1
+        assert "Traceback (most recent call last):" in result.errors
+        assert os.listdir() == []
+
+
+class TestVoice:
+    def test_makes_a_voice(self, run, recordings):
+        result = run("voice", recordings / "good.wav", "-o", "me.safetensors")
+        assert (result.code, result.errors) == (0, [])
+        assert result.output.startswith("me.safetensors: a voice from 1.0 s of ")
+        assert "for embedded@" in result.output
+        assert os.listdir() == ["me.safetensors"]
+        options = ["-q", "--seed", "1", "--num-semantic-tokens", "25"]
+        assert run("speak", HELLO, *options, "--voice", "me.safetensors", "-o", "a.wav").code == 0
+        assert run("speak", HELLO, *options, "--voice", recordings / "good.wav", "-o", "b.wav").code == 0
+        assert Path("a.wav").read_bytes() == Path("b.wav").read_bytes()
+
+    def test_bad_recording(self, run, recordings):
+        assert_refused(run("voice", recordings / "silent.wav", "-o", "me.safetensors"), "silent")
+
+
+class TestInfo:
+    def test_text(self, run):
+        result = run("info")
+        assert (result.code, result.errors) == (0, [])
+        for expected in (
+            "IndexTTS2T2SForConditionalGeneration",
+            "22050 Hz",
+            "12.0 s (600 semantic tokens)",
+            "buzz (2.0 s, default)",
+            "en, zh",
+            "apache-2.0",
+            "untrained",
+        ):
+            assert expected in result.output
+
+    def test_json_counts_what_is_loaded(self, run, tiny_checkpoint, tiny_model):
+        described = json.loads(run("info", tiny_checkpoint, "--json").output)
+        for name in ("t2s", "s2m", "semantic_encoder", "semantic_codec", "speaker_encoder", "vocoder"):
+            part = getattr(tiny_model, name)
+            assert described["parts"][name]["class"] == type(part).__name__
+            assert described["parts"][name]["num_parameters"] == sum(x.numel() for x in part.state_dict().values())
+        assert described["total"]["class"] == "IndexTTS2ForTextToWaveform"
+        assert described["rates"]["semantic_token_rate"] == 50.0
+        assert described["limits"]["segment_s"] == tiny_model.t2s.config.max_semantic_tokens / 50
+        assert list(described["voices"]) == ["buzz"]
+
+
+class TestConvert:
+    def test_arguments_are_handed_over(self, run, monkeypatch, tmp_path):
+        # The converter has its own tests; here only the way to it.
+        calls = []
+        module = SimpleNamespace(convert_original_checkpoint=lambda *args, **kwargs: calls.append((args, kwargs)))
+        monkeypatch.setitem(sys.modules, "indextts2_hf.convert_original_checkpoint", module)
+        (tmp_path / "original").mkdir()
+        result = run("convert", "original", "out", "--vocoder", "original")
+        assert result.code == 0, result.errors
+        parts = {"w2v_bert": None, "semantic_codec": None, "speaker_encoder": None, "vocoder": Path("original")}
+        assert calls == [((Path("original"), Path("out")), parts)]
+
+    def test_not_a_checkpoint(self, run, tmp_path):
+        (tmp_path / "original").mkdir()
+        result = run("convert", "original", "out")
+        assert result.code == 2
+        assert len(result.errors) == 1
+        assert os.listdir() == ["original"]
+
+
+def test_pcm_is_clamped_and_truncated():
+    waveform = torch.tensor([0.0, 1.0, -1.0, 2.0, -2.0, 1.9 / 32767, -1.9 / 32767])
+    assert cli.to_pcm(waveform).tolist() == [0, 32767, -32767, 32767, -32767, 1, -1]
