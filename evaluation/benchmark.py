@@ -66,6 +66,7 @@ def random_full_size_model(dtype: torch.dtype) -> IndexTTS2ForTextToWaveform:
         temperature=0.8,
         top_k=30,
         top_p=0.8,
+        num_beams=3,
         repetition_penalty=10.0,
         length_penalty=0.0,
         max_new_tokens=1500,

@@ -191,27 +191,36 @@ def run_python(code: str) -> str:
     return result.stdout.strip()
 
 
-def test_importing_loads_none_of_the_heavy_libraries():
-    code = "import indextts2_hf; print(*sorted({name.split('.')[0] for name in sys.modules}))"
-    loaded = set(run_python(code).split())
-    assert not loaded & (NEVER | {"diffusers", "wetext", "kaldifst"})
+# The classes of transformers that the package builds on and registers with.
+THEIRS = """
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM, AutoModelForTextToWaveform
+from transformers import AutoProcessor, AutoTokenizer, GenerationMixin, PreTrainedModel, ProcessorMixin, TextToAudioPipeline
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+"""
+
+
+def test_importing_loads_no_library_that_is_not_needed():
+    report = "\nprint(*sorted({name.split('.')[0] for name in sys.modules}))"
+    ours, theirs = (set(run_python(code + report).split()) for code in ("import indextts2_hf", THEIRS))
+    # transformers itself imports Accelerate and PEFT where it finds them.
+    assert not (ours - theirs) & (NEVER | {"diffusers", "wetext", "kaldifst"})
+    assert "diffusers" not in ours
     code = "import indextts2_hf; print(indextts2_hf.VoicePrompt.__name__, 'diffusers' in sys.modules)"
     assert run_python(code) == "VoicePrompt True"
 
 
-def test_importing_is_about_as_quick_as_what_it_registers():
+def test_importing_is_about_as_quick_as_what_it_builds_on():
     timed = "import time; start = time.perf_counter()\n{}\nprint(time.perf_counter() - start)"
-    theirs = (
-        "from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForCausalLM\n"
-        "from transformers import AutoModelForTextToWaveform, AutoProcessor, AutoTokenizer, GenerationMixin\n"
-        "from transformers import PreTrainedModel, ProcessorMixin, TextToAudioPipeline\n"
-        "from transformers.models.gpt2.modeling_gpt2 import GPT2Block\n"
-        "from transformers.tokenization_utils_sentencepiece import SentencePieceBackend"
-    )
 
     def ratio() -> float:
-        ours = min(float(run_python(timed.format("import indextts2_hf"))) for _ in range(3))
-        return ours / min(float(run_python(timed.format(theirs))) for _ in range(3))
+        ours, theirs = (
+            min(float(run_python(timed.format(code))) for _ in range(2)) for code in ("import indextts2_hf", THEIRS)
+        )
+        return ours / theirs
 
     # Other work on the machine may disturb a run: the better of two counts.
-    assert ratio() <= 1.3 or ratio() <= 1.3
+    ratios = [ratio()]
+    if ratios[0] > 1.3:
+        ratios.append(ratio())
+    assert min(ratios) <= 1.3

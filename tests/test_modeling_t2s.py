@@ -314,7 +314,7 @@ def test_encoded_conditions_equal_features(t2s, rows):
     expected = t2s(**batch).logits
     speaker_latents = t2s.encode_speaker(batch.pop("speaker_features"), batch.pop("speaker_feature_lengths"))
     emotion_embeds = t2s.encode_emotion(batch.pop("emotion_features"), batch.pop("emotion_feature_lengths"))
-    assert torch.equal(t2s(**batch, speaker_latents=speaker_latents, emotion_embeds=emotion_embeds).logits, expected)
+    assert_close(t2s(**batch, speaker_latents=speaker_latents, emotion_embeds=emotion_embeds).logits, expected)
 
 
 def test_prepared_prefix_equals_text(t2s, rows):
@@ -324,7 +324,7 @@ def test_prepared_prefix_equals_text(t2s, rows):
     text = {name: batch[name] for name in ("input_ids", "attention_mask", "num_semantic_tokens")}
     inputs_embeds, mask = t2s.prepare_prefix(**text, **condition)
     output = t2s(inputs_embeds=inputs_embeds, attention_mask=mask, semantic_ids=codes)
-    assert torch.equal(output.logits, t2s(**text, **condition, semantic_ids=codes).logits)
+    assert_close(output.logits, t2s(**text, **condition, semantic_ids=codes).logits)
 
 
 @pytest.mark.parametrize("skip_semantic_position_one", [True, False])
@@ -341,14 +341,14 @@ def test_given_positions(t2s, rows):
     batch = make_batch(rows[:1])
     codes = batch.pop("labels")
     default = t2s(**batch, semantic_ids=codes).logits
-    assert torch.equal(t2s(**batch, semantic_ids=codes, position_ids=torch.arange(1, 7)[None]).logits, default)
+    assert_close(t2s(**batch, semantic_ids=codes, position_ids=torch.arange(1, 7)[None]).logits, default)
     assert not torch.allclose(t2s(**batch, semantic_ids=codes, position_ids=torch.arange(2, 8)[None]).logits, default)
 
 
 def test_logits_to_keep(t2s, rows):
     batch = make_batch(rows)
     codes = batch.pop("labels").clamp(min=0)
-    assert torch.equal(
+    assert_close(
         t2s(**batch, semantic_ids=codes, logits_to_keep=2).logits, t2s(**batch, semantic_ids=codes).logits[:, -2:]
     )
 
@@ -419,7 +419,7 @@ def test_gradient_checkpointing_changes_nothing(rows, use_reentrant):
     t2s.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     assert t2s.is_activation_checkpointing
     loss = t2s(**batch).loss
-    assert torch.equal(loss, make_tiny_t2s(attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)(**batch).loss)
+    assert_close(loss, make_tiny_t2s(attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)(**batch).loss)
     loss.backward()
     for name, parameter in t2s.named_parameters():
         assert_close(parameter.grad, expected[name])
@@ -504,14 +504,14 @@ def test_save_and_load(t2s, rows, tmp_path, subfolder):
         assert getattr(loaded.generation_config, name) == getattr(t2s.generation_config, name)
     assert loaded.state_dict().keys() == t2s.state_dict().keys()
     assert all(torch.equal(tensor, t2s.state_dict()[key]) for key, tensor in loaded.state_dict().items())
-    assert torch.equal(loaded(**make_batch(rows)).logits, t2s(**make_batch(rows)).logits)
+    assert_close(loaded(**make_batch(rows)).logits, t2s(**make_batch(rows)).logits)
 
 
 def test_trunk_loads_from_the_whole(t2s, tmp_path):
     t2s.save_pretrained(tmp_path)
     trunk = IndexTTS2T2SModel.from_pretrained(tmp_path)
     embeds = randn(2, 5, 32)
-    assert torch.equal(trunk(embeds).last_hidden_state, t2s.model(embeds).last_hidden_state)
+    assert_close(trunk(embeds).last_hidden_state, t2s.model(embeds).last_hidden_state)
 
 
 def test_embeddings_of_the_semantic_tokens(t2s):

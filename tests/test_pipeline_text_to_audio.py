@@ -259,9 +259,8 @@ def test_emotion_of_a_text(pipe, emotion_text_model, tmp_path):
         pipe("Hello.", emotion_weights=weights[0], emotion_strength=0.4, **arguments),
     )
     reader.emotion_text_model.model.generation_config.do_sample = True
-    sampled = [reader(texts, emotion_text=True, **(arguments | {"seed": [1, 5]})) for _ in range(2)]
-    alone = reader(texts[1], emotion_text=True, **(arguments | {"seed": 5}))
-    assert same(sampled[0][0], sampled[1][0]) and same(sampled[0][1], sampled[1][1]) and same(sampled[0][1], alone)
+    sampled = reader(texts, emotion_text=True, **(arguments | {"seed": [1, 5]}))
+    assert same(sampled[1], reader(texts[1], emotion_text=True, **(arguments | {"seed": 5})))
     with pytest.raises(ValueError, match=r"`emotion_text` has 2 descriptions for 1 text\(s\)"):
         reader("Hello.", emotion_text=texts)
     with pytest.raises(ValueError, match="must be one or more texts that are not empty"):

@@ -247,11 +247,6 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         most_new_tokens = self.config.max_semantic_tokens + 1  # the stop token counts
         if generation_config.max_new_tokens is None:
             generation_config.max_new_tokens = most_new_tokens
-        if generation_config.max_new_tokens > most_new_tokens:
-            raise ValueError(
-                f"`max_new_tokens` is {generation_config.max_new_tokens} but this checkpoint has positions for "
-                f"{self.config.max_semantic_tokens} semantic tokens and a stop token: give at most {most_new_tokens}."
-            )
         for name, value in options.items():
             if value is not None:
                 setattr(generation_config, name, value)
@@ -275,6 +270,11 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             is_free = isinstance(counts, list) and None in counts
             floor = generation_config.max_new_tokens if is_free else 0
             generation_config.max_new_tokens = max(largest + 1, floor)
+        if generation_config.max_new_tokens > most_new_tokens:
+            raise ValueError(
+                f"`max_new_tokens` is {generation_config.max_new_tokens} but this checkpoint has positions for "
+                f"{self.config.max_semantic_tokens} semantic tokens and a stop token: give at most {most_new_tokens}."
+            )
         # A model without a generation config, as it comes from its constructor, knows its ids all the same.
         for name, default in (
             ("bos_token_id", self.config.semantic_start_token_id),

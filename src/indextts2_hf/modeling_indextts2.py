@@ -345,12 +345,12 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         if os.path.isfile(os.path.join(folder, "generation_config.json")):
             t2s.generation_config = IndexTTS2GenerationConfig.from_pretrained(folder)
         try:
-            parts = IndexTTS2SemanticToMelPipeline.from_pretrained(folder, dtype=torch.float32)
+            parts = IndexTTS2SemanticToMelPipeline.load_parts(folder)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"One of the parts {', '.join(name for name in shapes if name != 't2s')} in {folder!r} cannot be loaded: {error}"
             ) from error
-        for name, part in {"t2s": t2s, **parts.components}.items():
+        for name, part in {"t2s": t2s, **parts}.items():
             if name in shapes:
                 check_weights(part, os.path.join(folder, name), shapes[name])
         voices_folder = os.path.join(folder, "voices")
@@ -360,7 +360,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             for name in names
             if name.endswith(".safetensors")
         }
-        model = cls(config, t2s=t2s, voices=voices, **parts.components)
+        model = cls(config, t2s=t2s, voices=voices, **parts)
 
         adapter_kwargs = dict(adapter_kwargs or {})
         adapter_path = adapter_kwargs.pop("_adapter_model_path", None)
@@ -402,8 +402,6 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             ValueError: the checkpoint has no such voice, or none by default.
             TypeError: it is no voice.
         """
-        from .pipeline_s2m import VoicePrompt
-
         if voice is None:
             voice = self.config.default_voice
         if voice is None:
@@ -418,7 +416,8 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                     "Give one of these, a voice file, or a recording."
                 )
             return self.voices[voice]
-        if not isinstance(voice, VoicePrompt):
+        # Not by class: code that came with a repository has a `VoicePrompt` of its own.
+        if not hasattr(voice, "checkpoint"):
             raise TypeError(
                 f"`voice` is a {type(voice).__name__}, but it must be a `VoicePrompt` or a name. "
                 "Make a voice of a recording with `model.encode_voice`."

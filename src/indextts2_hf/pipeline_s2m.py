@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from .feature_extraction_indextts2 import AudioInput, IndexTTS2FeatureExtractor
@@ -193,6 +193,29 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
                 pretrained_model_name_or_path, **{name: kwargs[name] for name in names if name in kwargs}
             )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @staticmethod
+    def load_parts(folder: str | os.PathLike) -> dict[str, Any]:
+        """
+        The parts of a checkpoint folder by name, models in float32. Unlike `from_pretrained` it does not ask
+        `model_index.json` for their classes, whose modules have other names where this code came with a repository.
+        """
+        models = {
+            "s2m": IndexTTS2SemanticToMelTransformer,
+            "semantic_encoder": AutoModel,
+            "semantic_codec": IndexTTS2SemanticCodec,
+            "speaker_encoder": IndexTTS2SpeakerEncoder,
+            "vocoder": IndexTTS2Vocoder,
+        }
+        parts = {
+            name: part_class.from_pretrained(os.path.join(folder, name), dtype=torch.float32).eval()
+            for name, part_class in models.items()
+        }
+        parts["scheduler"] = IndexTTS2FlowMatchScheduler.from_pretrained(os.path.join(folder, "scheduler"))
+        parts["feature_extractor"] = IndexTTS2FeatureExtractor.from_pretrained(
+            os.path.join(folder, "feature_extractor")
+        )
+        return parts
 
     @property
     def guidance_scale(self) -> float:

@@ -243,7 +243,8 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         """
         from .pipeline_s2m import VoicePrompt
 
-        if isinstance(voice, VoicePrompt):
+        # Not by class: code that came with a repository has a `VoicePrompt` of its own.
+        if hasattr(voice, "checkpoint"):
             return voice
         if isinstance(voice, str) and voice in self.model.voices:
             return self.model.voices[voice]

@@ -1,0 +1,469 @@
+import pytest
+import torch
+from conftest import make_tiny_t2s
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import TopKLogitsWarper
+
+from indextts2_hf import IndexTTS2GenerationConfig, IndexTTS2T2SForConditionalGeneration
+from indextts2_hf.generation_t2s import SeededSamplingLogitsProcessor, SemanticTokenCountLogitsProcessor
+
+
+STOP = 65
+MODES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.8},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "beam sampling": {"do_sample": True, "num_beams": 3, "temperature": 0.8, "top_k": 30, "top_p": 0.8},
+}
+TEXTS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33]]
+
+
+@pytest.fixture(scope="module")
+def t2s():
+    """As trained here. Shared: a test must not change it."""
+    return make_tiny_t2s()
+
+
+def make_inputs(t2s, texts=TEXTS, padding_side="left"):
+    texts = [torch.tensor(text) for text in texts]
+    generator = torch.Generator().manual_seed(4)
+    config = t2s.config
+    return {
+        "input_ids": pad_sequence(texts, batch_first=True, padding_value=9, padding_side=padding_side),
+        "attention_mask": pad_sequence(
+            [torch.ones_like(text) for text in texts], batch_first=True, padding_side=padding_side
+        ),
+        # Each row has a voice and an emotion of its own.
+        "speaker_latents": torch.randn(3, config.speaker_num_latents, config.hidden_size, generator=generator)[: len(texts)],
+        "emotion_embeds": torch.randn(3, config.hidden_size, generator=generator)[: len(texts)],
+    }  # fmt: skip
+
+
+def make_row(t2s, row):
+    inputs = make_inputs(t2s)
+    return {
+        "input_ids": torch.tensor([TEXTS[row]]),
+        "speaker_latents": inputs["speaker_latents"][row : row + 1],
+        "emotion_embeds": inputs["emotion_embeds"][row : row + 1],
+    }
+
+
+def count_tokens(sequences):
+    """Tokens before the first stop in each row; the rest must be stops."""
+    counts = []
+    for row in sequences.tolist():
+        count = row.index(STOP) if STOP in row else len(row)
+        assert all(token == STOP for token in row[count:])
+        assert all(0 <= token < 64 for token in row[:count])
+        counts.append(count)
+    return counts
+
+
+def seeded_processor(*seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return LogitsProcessorList([SeededSamplingLogitsProcessor(generators)])
+
+
+# Generation in batches
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+@pytest.mark.parametrize("num_semantic_tokens", [None, [9, 4, 14]])
+def test_a_row_alone_equals_the_row_in_a_batch(t2s, mode, padding_side, num_semantic_tokens):
+    settings = MODES[mode] | {"max_new_tokens": 20, "repetition_penalty": 1.3}
+    batch = t2s.generate(
+        **make_inputs(t2s, padding_side=padding_side), **settings, num_semantic_tokens=num_semantic_tokens
+    )
+    for row in range(3):
+        count = num_semantic_tokens and num_semantic_tokens[row]
+        alone = t2s.generate(**make_row(t2s, row), **settings, num_semantic_tokens=count)[0].tolist()
+        assert batch[row].tolist() == alone + [STOP] * (batch.shape[1] - len(alone))
+
+
+@pytest.mark.parametrize("seeds", [(5, 6, 7)])
+@pytest.mark.parametrize("num_semantic_tokens", [None, 12])
+def test_seeded_sampling_is_the_same_in_every_batch(t2s, seeds, num_semantic_tokens):
+    settings = MODES["sampling"] | {"max_new_tokens": 20, "num_semantic_tokens": num_semantic_tokens}
+    batch = t2s.generate(**make_inputs(t2s), **settings, logits_processor=seeded_processor(*seeds))
+    for row, seed in enumerate(seeds):
+        torch.manual_seed(row)
+        alone = t2s.generate(**make_row(t2s, row), **settings, logits_processor=seeded_processor(seed))[0].tolist()
+        assert batch[row].tolist() == alone + [STOP] * (batch.shape[1] - len(alone))
+    other = t2s.generate(**make_inputs(t2s), **settings, logits_processor=seeded_processor(5, 8, 7))
+    assert other[0].tolist()[:5] == batch[0].tolist()[:5] and other[1].tolist() != batch[1].tolist()
+
+
+def test_prepared_prefix_equals_text(t2s):
+    inputs = make_inputs(t2s)
+    settings = {"do_sample": False, "num_semantic_tokens": [3, None, 5], "max_new_tokens": 12}
+    embeds, mask = t2s.prepare_prefix(**inputs, num_semantic_tokens=[3, None, 5])
+    assert torch.equal(
+        t2s.generate(inputs_embeds=embeds, attention_mask=mask, **settings), t2s.generate(**inputs, **settings)
+    )
+    # Without a mask everything counts.
+    row = make_row(t2s, 0)
+    embeds, _ = t2s.prepare_prefix(**row)
+    assert torch.equal(
+        t2s.generate(inputs_embeds=embeds, do_sample=False, max_new_tokens=12),
+        t2s.generate(**row, do_sample=False, max_new_tokens=12),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_static_cache_equals_dynamic_cache(t2s, mode):
+    settings = MODES[mode] | {"num_semantic_tokens": [7, 15, None], "max_new_tokens": 18}
+    torch.manual_seed(0)
+    dynamic = t2s.generate(**make_inputs(t2s), **settings)
+    torch.manual_seed(0)
+    assert torch.equal(t2s.generate(**make_inputs(t2s), **settings, cache_implementation="static"), dynamic)
+
+
+def test_stock_output(t2s):
+    output = t2s.generate(
+        **make_inputs(t2s), num_beams=2, num_semantic_tokens=4, return_dict_in_generate=True, output_scores=True
+    )
+    assert output.sequences.shape == (3, 5) and output.sequences.dtype == torch.long
+    assert output.sequences_scores.isfinite().all()
+    assert len(output.scores) == 5
+    two = t2s.generate(**make_inputs(t2s), do_sample=True, num_return_sequences=2, num_semantic_tokens=[2, 3, 4])
+    assert count_tokens(two) == [2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_nothing_is_left_on_the_model(t2s, num_beams):
+    before = t2s.generation_config.to_dict()
+    t2s.generate(**make_inputs(t2s), num_semantic_tokens=4, num_beams=num_beams)
+    assert t2s.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beam sampling"])
+def test_bfloat16(t2s, mode):
+    half = make_tiny_t2s().to(torch.bfloat16)
+    inputs = {
+        key: value.bfloat16() if value.is_floating_point() else value for key, value in make_inputs(half).items()
+    }
+    assert count_tokens(half.generate(**inputs, **MODES[mode], num_semantic_tokens=[3, 8, 5])) == [3, 8, 5]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert count_tokens(t2s.generate(**make_inputs(t2s), **MODES[mode], num_semantic_tokens=6)) == [6, 6, 6]
+
+
+# Positions
+
+
+def trace_positions(t2s, **settings):
+    """What each step of `generate` feeds to the semantic position table."""
+    seen = []
+    handle = t2s.semantic_position_embedding.register_forward_hook(
+        lambda module, args, output: seen.append(args[0].tolist())
+    )
+    t2s.generate(**make_inputs(t2s), **settings)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(("skip", "expected"), [(True, [2, 3, 4, 5]), (False, [1, 2, 3, 4])])
+def test_positions_of_cached_steps(skip, expected):
+    t2s = make_tiny_t2s(skip_semantic_position_one=skip, use_length_row=False)
+    seen = trace_positions(t2s, do_sample=False, num_semantic_tokens=4)
+    # The texts have different lengths; the positions do not.
+    assert seen == [[[0]]] + [[[position]] * 3 for position in expected]
+
+
+def test_every_position_has_a_row_in_the_table():
+    t2s = make_tiny_t2s(skip_semantic_position_one=True, max_semantic_tokens=12, use_length_row=False)
+    seen = trace_positions(t2s, do_sample=False, num_semantic_tokens=12)
+    assert seen[-1] == [[13]] * 3 and t2s.semantic_position_embedding.num_embeddings == 15
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_steps_equal_teacher_forcing(t2s, row):
+    settings = {"do_sample": False, "num_semantic_tokens": 10, "repetition_penalty": 1.5}
+    output = t2s.generate(**make_inputs(t2s), **settings, return_dict_in_generate=True, output_logits=True)
+    codes = output.sequences[row : row + 1, :10]
+    inputs = make_row(t2s, row)
+    logits = t2s(**inputs, semantic_ids=codes, num_semantic_tokens=torch.tensor([10])).logits
+    generated = torch.stack([step[row] for step in output.logits])[None]
+    torch.testing.assert_close(generated, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_quirk_changes_the_steps():
+    inputs = make_inputs(make_tiny_t2s())
+    plain, quirk = (
+        make_tiny_t2s(skip_semantic_position_one=skip).generate(
+            **inputs, do_sample=False, num_semantic_tokens=8, return_dict_in_generate=True, output_logits=True
+        )
+        for skip in (False, True)
+    )
+    torch.testing.assert_close(plain.logits[0], quirk.logits[0])
+    assert not torch.allclose(plain.logits[1], quirk.logits[1], atol=1e-3)
+
+
+# Token count
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [1, 2, 17, 61])
+def test_exactly_that_many_tokens(t2s, mode, count):
+    torch.manual_seed(count)
+    sequences = t2s.generate(**make_inputs(t2s), **MODES[mode], num_semantic_tokens=count)
+    assert sequences.shape == (3, count + 1)
+    assert count_tokens(sequences) == [count] * 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("counts", [[1, 9, 4], (30, 1, 2), torch.tensor([3, 5, 3])], ids=["list", "tuple", "tensor"])
+def test_a_count_for_each_row(t2s, mode, counts):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        sequences = t2s.generate(
+            **make_inputs(t2s), **MODES[mode], num_semantic_tokens=counts, repetition_penalty=10.0
+        )
+        assert count_tokens(sequences) == list(counts)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, -1.0])
+def test_free_rows_beside_counted_ones(t2s, mode, length_penalty):
+    settings = MODES[mode] | ({"length_penalty": length_penalty} if "beam" in mode else {})
+    torch.manual_seed(0)
+    sequences = t2s.generate(
+        **make_inputs(t2s), **settings, num_semantic_tokens=[5, None, 2], max_new_tokens=15, eos_token_id=STOP
+    )
+    counts = count_tokens(sequences)
+    assert (counts[0], counts[2]) == (5, 2) and counts[1] <= 15
+
+
+def test_all_rows_free(t2s):
+    settings = {"do_sample": False, "max_new_tokens": 9}
+    free = t2s.generate(**make_inputs(t2s), **settings)
+    assert torch.equal(t2s.generate(**make_inputs(t2s), **settings, num_semantic_tokens=[None] * 3), free)
+    assert torch.equal(t2s.generate(**make_inputs(t2s), **settings, num_semantic_tokens=None), free)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_as_many_tokens_as_there_are_positions(mode):
+    t2s = make_tiny_t2s(max_semantic_tokens=24, skip_semantic_position_one=True)
+    sequences = t2s.generate(**make_inputs(t2s), **MODES[mode], num_semantic_tokens=24)
+    assert count_tokens(sequences) == [24] * 3
+    with pytest.raises(ValueError, match=r"is 25 but this checkpoint has positions for at most 24 \(0.5 s\). Split"):
+        t2s.generate(**make_inputs(t2s), **MODES[mode], num_semantic_tokens=25)
+    with pytest.raises(ValueError, match="is 25 but this checkpoint has positions for at most 24"):
+        t2s.generate(**make_inputs(t2s), **MODES[mode], num_semantic_tokens=[3, None, 25])
+
+
+def test_a_model_that_always_wants_to_stop(t2s):
+    eager = make_tiny_t2s()
+    eager.semantic_head.bias.data[STOP] = 100.0
+    for mode, settings in MODES.items():
+        assert count_tokens(eager.generate(**make_inputs(t2s), **settings)) == [0, 0, 0], mode
+        assert count_tokens(eager.generate(**make_inputs(t2s), **settings, num_semantic_tokens=[4, 9, 1])) == [4, 9, 1]
+
+
+def test_a_model_that_never_wants_to_stop(t2s):
+    endless = make_tiny_t2s()
+    endless.semantic_head.bias.data[STOP] = -100.0
+    for settings in MODES.values():
+        assert count_tokens(endless.generate(**make_inputs(t2s), **settings, num_semantic_tokens=[4, 9, 1])) == [
+            4,
+            9,
+            1,
+        ]
+        assert count_tokens(endless.generate(**make_inputs(t2s), **settings, max_new_tokens=7)) == [7, 7, 7]
+
+
+def test_count_overrules_other_lengths(t2s):
+    assert count_tokens(t2s.generate(**make_inputs(t2s), num_semantic_tokens=30, max_new_tokens=5)) == [30] * 3
+    assert count_tokens(t2s.generate(**make_inputs(t2s), num_semantic_tokens=30, min_new_tokens=10)) == [30] * 3
+
+
+def test_start_token_is_never_generated(t2s):
+    wild = make_tiny_t2s()
+    wild.semantic_head.bias.data[64] = 100.0
+    for settings in MODES.values():
+        count_tokens(wild.generate(**make_inputs(t2s), **settings, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("is_length_row", [True, False])
+@pytest.mark.parametrize("duration_conditioning", [None, True, False])
+def test_count_is_written_into_the_prefix(is_length_row, duration_conditioning):
+    t2s = make_tiny_t2s(use_length_row=is_length_row)
+    row = make_row(t2s, 0)
+    settings = {"do_sample": False, "duration_conditioning": duration_conditioning, "return_dict_in_generate": True}
+    free = t2s.generate(**row, **settings, output_logits=True, max_new_tokens=1).logits[0]
+    asked = t2s.generate(**row, **settings, output_logits=True, num_semantic_tokens=9).logits[0]
+    is_written = is_length_row if duration_conditioning is None else duration_conditioning
+    assert torch.allclose(free, asked, atol=1e-5) != is_written
+
+
+# The processors alone
+
+
+def test_token_count_processor_on_random_scores():
+    processor = SemanticTokenCountLogitsProcessor([2, None, 5], prompt_length=4, semantic_stop_token_id=7)
+    generator = torch.Generator().manual_seed(0)
+    for num_beams in (1, 3):
+        for num_generated in range(8):
+            scores = torch.randn(3 * num_beams, 10, generator=generator)
+            before = scores.clone()
+            changed = processor(torch.zeros(3 * num_beams, 4 + num_generated, dtype=torch.long), scores)
+            assert torch.equal(scores, before) and changed.shape == scores.shape
+            others = [token for token in range(10) if token != 7]
+            for row, count in enumerate([count for count in (2, None, 5) for _ in range(num_beams)]):
+                if count is None:
+                    assert torch.equal(changed[row], before[row])
+                elif num_generated < count:
+                    assert changed[row, 7] == -float("inf")
+                    assert torch.equal(changed[row, others], before[row, others])
+                else:
+                    assert changed[row].isfinite().all()
+                    assert changed[row].softmax(-1)[7] == 1.0
+
+
+def test_seeded_sampling_draws_from_the_softmax():
+    scores = torch.tensor([[0.0, 1.0, -1.0, 2.0, -float("inf"), 0.5]])
+    draws = 20000
+    processor = SeededSamplingLogitsProcessor([torch.Generator().manual_seed(seed) for seed in range(draws)])
+    chosen = processor(torch.zeros(draws, 1, dtype=torch.long), scores.expand(draws, -1))
+    assert (chosen == 0.0).sum(dim=1).eq(1).all() and (chosen == -float("inf")).sum(dim=1).eq(5).all()
+    counts = (chosen == 0.0).sum(dim=0).double()
+    expected = scores[0].double().softmax(-1) * draws
+    assert counts[4] == 0
+    kept = expected > 0
+    chi_square = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom: one time in a thousand
+
+
+def test_seeded_sampling_draws_anew_at_each_step():
+    processor = SeededSamplingLogitsProcessor([torch.Generator().manual_seed(0)])
+    draws = [processor(torch.zeros(1, 1), torch.zeros(1, 50)).argmax().item() for _ in range(30)]
+    assert len(set(draws)) > 15
+
+
+def test_seeded_sampling_stays_within_top_k(t2s):
+    scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    kept = scores.topk(3).indices[0].tolist()
+    warped = TopKLogitsWarper(3)(None, scores)
+    processor = SeededSamplingLogitsProcessor([torch.Generator().manual_seed(0)])
+    assert {processor(None, warped).argmax().item() for _ in range(200)} == set(kept)
+
+
+# Generation config
+
+
+def test_config_round_trip(tmp_path):
+    config = IndexTTS2GenerationConfig(
+        num_semantic_tokens=[5, None], duration_conditioning=True, do_sample=True, top_k=7
+    )
+    config.save_pretrained(tmp_path)
+    loaded = IndexTTS2GenerationConfig.from_pretrained(tmp_path)
+    assert loaded.num_semantic_tokens == [5, None] and loaded.duration_conditioning is True and loaded.top_k == 7
+    assert loaded.to_dict() == config.to_dict()
+    silent = IndexTTS2GenerationConfig(num_semantic_tokens=None, duration_conditioning=None)
+    assert not hasattr(silent, "num_semantic_tokens") and not hasattr(silent, "duration_conditioning")
+
+
+def test_count_from_the_generation_config_of_the_model(tmp_path):
+    t2s = make_tiny_t2s()
+    t2s.generation_config = IndexTTS2GenerationConfig(num_semantic_tokens=6, duration_conditioning=False)
+    t2s.save_pretrained(tmp_path)
+    t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(tmp_path)
+    assert type(t2s.generation_config) is IndexTTS2GenerationConfig
+    assert t2s.generation_config.duration_conditioning is False
+    assert count_tokens(t2s.generate(**make_inputs(t2s))) == [6, 6, 6]
+    assert count_tokens(t2s.generate(**make_inputs(t2s), num_semantic_tokens=None)) == [6, 6, 6]
+    assert count_tokens(t2s.generate(**make_inputs(t2s), num_semantic_tokens=[2, 3, 4])) == [2, 3, 4]
+    assert count_tokens(
+        t2s.generate(**make_inputs(t2s), generation_config=IndexTTS2GenerationConfig(num_semantic_tokens=8))
+    ) == [8, 8, 8]
+
+
+@pytest.mark.parametrize("config_class", [GenerationConfig, IndexTTS2GenerationConfig])
+def test_a_given_generation_config(t2s, config_class):
+    config = config_class(do_sample=False, num_semantic_tokens=[2, 7, 4])
+    assert count_tokens(t2s.generate(**make_inputs(t2s), generation_config=config)) == [2, 7, 4]
+
+
+def test_a_new_model_knows_its_ids(t2s):
+    new = IndexTTS2T2SForConditionalGeneration(t2s.config).eval()
+    assert type(new.generation_config) is IndexTTS2GenerationConfig
+    new.load_state_dict(t2s.state_dict())
+    expected = t2s.generate(**make_inputs(t2s), do_sample=False, max_new_tokens=60)
+    assert torch.equal(new.generate(**make_inputs(t2s), max_new_tokens=60), expected)
+    assert count_tokens(new.generate(**make_inputs(t2s), num_semantic_tokens=[3, 5, 2])) == [3, 5, 2]
+
+
+def test_without_a_limit_the_table_is_the_limit():
+    t2s = make_tiny_t2s(max_semantic_tokens=20)
+    t2s.generation_config = IndexTTS2GenerationConfig(do_sample=False)
+    t2s.semantic_head.bias.data[STOP] = -100.0
+    assert t2s.generate(**make_inputs(t2s)).shape == (3, 21)
+
+
+def test_config_comes_from_its_file_only(t2s):
+    with pytest.raises(NotImplementedError, match="keeps its generation settings in `generation_config.json`"):
+        IndexTTS2GenerationConfig.from_model_config(t2s.config)
+
+
+# Errors
+
+
+@pytest.mark.parametrize("count", [0, -3, 2.0, True, "5", [4, 0], [None, 1.5]])
+def test_counts_that_are_none(t2s, count):
+    with pytest.raises(
+        ValueError, match="but it must be a whole number of at least 1. Leave it out for a free length"
+    ):
+        t2s.generate(**make_inputs(t2s), num_semantic_tokens=count)
+    with pytest.raises(ValueError, match="but it must be a whole number of at least 1"):
+        IndexTTS2GenerationConfig(num_semantic_tokens=count)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_semantic_tokens": [3, 4]}, "has 2 counts for a batch of 3 rows"),
+        ({"num_semantic_tokens": []}, "has 0 counts for a batch of 3 rows"),
+        ({"max_new_tokens": 202}, "`max_new_tokens` is 202 but .* 200 semantic tokens and a stop token: give at most 201"),
+        ({"max_length": 50}, "`max_length` is 50, but it would count the rows of the prefix .* Give `max_new_tokens`"),
+        ({"min_length": 20}, "`min_length` is 20, but it would count the rows of the prefix .* Give `min_new_tokens`"),
+        ({"num_semantic_tokens": [9, 4, None], "min_new_tokens": 6}, "is 4 but `min_new_tokens` is 6: give one of them"),
+    ],
+)  # fmt: skip
+def test_impossible_settings(t2s, settings, message):
+    with pytest.raises(ValueError, match=message):
+        t2s.generate(**make_inputs(t2s), **settings)
+    if "length" not in str(settings):
+        return
+    with pytest.raises(ValueError, match=message):
+        t2s.generate(**make_inputs(t2s), generation_config=GenerationConfig(**settings))
+
+
+def test_longest_limit_is_allowed(t2s):
+    assert t2s.generate(**make_inputs(t2s), do_sample=False, max_new_tokens=201).shape[1] <= 201
+
+
+def test_wrong_number_of_counts_for_a_prefix(t2s):
+    embeds, mask = t2s.prepare_prefix(**make_inputs(t2s))
+    with pytest.raises(
+        ValueError, match="has 2 counts for a batch of 3 rows. Give one number for all rows or one for"
+    ):
+        t2s.generate(inputs_embeds=embeds, attention_mask=mask, num_semantic_tokens=[3, 4])
+
+
+def test_prefix_given_twice_or_not_at_all(t2s):
+    with pytest.raises(ValueError, match=r"a prefix made by `prepare_prefix` \(`inputs_embeds`\), but got neither"):
+        t2s.generate()
+    with pytest.raises(ValueError, match="but got both"):
+        t2s.generate(**make_inputs(t2s), inputs_embeds=torch.zeros(3, 4, 32))
+    with pytest.raises(ValueError, match="There is no voice"):
+        t2s.generate(input_ids=torch.tensor([[11]]))
+
+
+def test_seeded_sampling_errors(t2s):
+    with pytest.raises(ValueError, match="needs one beam, but `num_beams` is 3"):
+        t2s.generate(**make_inputs(t2s), num_beams=3, logits_processor=seeded_processor(1, 2, 3))
+    with pytest.raises(ValueError, match="There are 2 generators for 3 rows"):
+        t2s.generate(**make_inputs(t2s), do_sample=True, logits_processor=seeded_processor(1, 2))
+    with pytest.raises(ValueError, match="There are 1 generators for 2 rows"):
+        t2s.generate(**make_row(t2s, 0), do_sample=True, num_return_sequences=2, logits_processor=seeded_processor(1))
