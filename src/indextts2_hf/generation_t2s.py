@@ -3,6 +3,7 @@ Generation of semantic tokens: the generation config with its token-count contro
 sampling row by row, and the hooks into the stock `generate`. The network itself is in `modeling_t2s.py`.
 """
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def check_num_semantic_tokens(
         num_semantic_tokens = num_semantic_tokens.tolist()
     counts = num_semantic_tokens if isinstance(num_semantic_tokens, list | tuple) else [num_semantic_tokens]
     for count in counts:
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 1):
             raise ValueError(
                 f"`num_semantic_tokens` is {count!r}, but it must be a whole number of at least 1. "
                 "Leave it out for a free length."
