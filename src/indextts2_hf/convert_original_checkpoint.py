@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -261,7 +262,7 @@ def check_settings(settings: Mapping[str, Any], expected: Mapping[str, Any], pat
     for name, value in expected.items():
         found = settings.get(name, value)
         if isinstance(value, Mapping):
-            check_settings(found or {}, value, f"{path}.{name}")
+            check_settings(found if isinstance(found, Mapping) else {}, value, f"{path}.{name}")
         elif found != value:
             raise ValueError(
                 f"`{path}.{name}` is {found!r} but only {value!r} can be converted: the other is another architecture."
@@ -270,27 +271,22 @@ def check_settings(settings: Mapping[str, Any], expected: Mapping[str, Any], pat
 
 def find_external(argument: str, folder: Path | None, original_folder: Path) -> dict[str, Path]:
     """
-    The files of a model from elsewhere by name: in its folder, else in the original folder, there also under the name of its
-    repository, else in the local Hugging Face cache.
+    The files of a model from elsewhere by name: in its folder, else in a folder of its repository's name in the original
+    folder or in the local Hugging Face cache.
     """
     repository, names = EXTERNAL_MODELS[argument]
-    beside = original_folder / repository.split("/")[1]
+    place = folder or original_folder / repository.split("/")[1]
     files = {}
     for name in names:
-        # In the original folder itself, `config.json` and the like could be anything's.
-        candidates = [beside / name] if "config" in name else [beside / name, original_folder / name]
-        if argument == "w2v_bert":
-            candidates = candidates[:1]
-        if folder is not None:
-            candidates = [folder / name, folder / Path(name).name]
-        elif isinstance(cached := try_to_load_from_cache(repository, name), str):
+        candidates = [place / name, place / Path(name).name]
+        if folder is None and isinstance(cached := try_to_load_from_cache(repository, name), str):
             candidates.append(Path(cached))
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found is None:
-            where = "the local Hugging Face cache" if folder is None else f"'{folder}'"
+            where = f"'{place}'" if folder else f"'{place}' or the local Hugging Face cache"
             raise FileNotFoundError(
-                f"The file '{name}' of {repository} was not found in {where}. Get it with `hf download {repository} {name}`, "
-                f"or name the folder that has it: `--{argument.replace('_', '-')} DIR` (in Python `{argument}=`)."
+                f"The file '{name}' of {repository} is not in {where}. Get it with `hf download {repository} {name}`, or name "
+                f"the folder that has it: `--{argument.replace('_', '-')} DIR` (in Python `{argument}=`)."
             )
         files[name] = found
     return files
@@ -726,6 +722,9 @@ def build_empty_model(
         s2m, codec = s2m_settings(original), semantic_codec_settings(original)
         speaker_encoder, vocoder = speaker_encoder_settings(original), vocoder_settings(vocoder_file_settings)
         extractor = feature_extractor_settings(original, extractor_settings)
+        encoder_config = semantic_encoder_config(encoder_settings)
+    except StrictDataclassError as error:
+        raise ValueError(f"The settings cannot be used: {' '.join(str(error).split())}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"The settings have no entry {error}, or no section around it. The `config.yaml` of IndexTTS-2 is needed, and the "
@@ -737,7 +736,7 @@ def build_empty_model(
         parts = {
             "t2s": t2s,
             "s2m": IndexTTS2SemanticToMelTransformer(**s2m),
-            "semantic_encoder": Wav2Vec2BertModel(semantic_encoder_config(encoder_settings)),
+            "semantic_encoder": Wav2Vec2BertModel(encoder_config),
             "semantic_codec": IndexTTS2SemanticCodec(**codec),
             "speaker_encoder": IndexTTS2SpeakerEncoder(**speaker_encoder),
             "vocoder": IndexTTS2Vocoder(**vocoder),
@@ -792,7 +791,8 @@ class OriginalFiles:
             "spk_matrix": "feat1.pt",
         }
         names = {name: settings.get(name, default) for name, default in names.items()}
-        names["bpe_model"] = (settings.get("dataset") or {}).get("bpe_model", "bpe.model")
+        dataset = settings.get("dataset")
+        names["bpe_model"] = dataset.get("bpe_model", "bpe.model") if isinstance(dataset, Mapping) else "bpe.model"
         emotion_text_name = settings.get("qwen_emo_path", "qwen0.6bemo4-merge/")
         is_required = emotion_text is not None
         emotion_text = emotion_text if is_required else original_folder / emotion_text_name
@@ -865,7 +865,8 @@ def convert_original_checkpoint(
         w2v_bert, semantic_codec, speaker_encoder, vocoder (`str` or `Path`, *optional*):
             Folders with the files of `facebook/w2v-bert-2.0`, `amphion/MaskGCT` (`semantic_codec/model.safetensors`),
             `funasr/campplus` (`campplus_cn_common.bin`) and `nvidia/bigvgan_v2_22khz_80band_256x`. By default they are looked
-            for in the original folder, in folders named like the repositories, and in the local Hugging Face cache.
+            for in the original folder, in folders named like the repositories (`w2v-bert-2.0` …), and in the local Hugging
+            Face cache.
         emotion_text (`str` or `Path`, *optional*):
             Folder of the language model that reads emotions from text, instead of that in the original folder.
         default_voice (`str` or `Path`, *optional*):
@@ -913,7 +914,9 @@ def convert_original_checkpoint(
             part = getattr(model, name)
             part.load_state_dict(tensors, assign=True)
             part.save_pretrained(folder / name)
+            # One part in memory at a time.
             part.to("meta")
+            tensors.clear()
         if files.emotion_text is not None:
             shutil.copytree(files.emotion_text, folder / "emotion_text", ignore=shutil.ignore_patterns(".*"))
         IndexTTS2Processor(model.feature_extractor, tokenizer).save_pretrained(folder)
