@@ -772,3 +772,10 @@ def test_the_stock_search_options_pass(tiny_model, tiny_voice):
         tiny_model, [HELLO], voice=tiny_voice, seed=0, stopping_criteria=stops, num_semantic_tokens=None, **GREEDY
     ).semantic_ids[0][0]
     assert len(ids) == 1
+
+
+def test_a_tokenizer_of_another_checkpoint_is_named(tiny_model, tiny_voice):
+    with pytest.raises(
+        ValueError, match="token 1000 but this model knows 1000: the tokenizer belongs to another checkpoint"
+    ):
+        tiny_model.generate(torch.tensor([[5, 1000]]), voice=tiny_voice)

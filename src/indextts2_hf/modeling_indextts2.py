@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -623,6 +624,12 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             segments = [segment for segment in segments if segment]
             if not segments:
                 raise ValueError(f"Text {text_index} has no tokens: there is nothing to speak.")
+            largest, vocab_size = max(map(max, segments)), self.t2s.config.text_vocab_size
+            if largest >= vocab_size:
+                raise ValueError(
+                    f"Text {text_index} has the token {largest} but this model knows {vocab_size}: the tokenizer belongs to "
+                    "another checkpoint. Load both from the same folder."
+                )
             text_lengths = [len(segment) for segment in segments]
             tokens, samples = self._plan_lengths(
                 text_lengths, counts[text_index], durations[text_index], segment_silence_s
@@ -671,7 +678,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 )
             return list(tokens), list(samples)
         if count is not None:
-            if isinstance(count, bool) or not isinstance(count, int) or count < len(text_lengths):
+            if isinstance(count, bool) or not isinstance(count, Integral) or count < len(text_lengths):
                 raise ValueError(
                     f"`num_semantic_tokens` is {count!r}, but it must be a whole number of at least 1 for each of the "
                     f"{len(text_lengths)} segment(s) of the text."
