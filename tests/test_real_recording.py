@@ -34,7 +34,7 @@ def recording(tmp_path_factory) -> Path:
 def test_a_paragraph_of_three_sentences(language, recording, tmp_path):
     output = tmp_path / "out.wav"
     command = [sys.executable, "-m", "indextts2_cli", "speak", PARAGRAPHS[language], "--voice", str(recording)]
-    command += ["--duration-s", "9.6", "--max-text-tokens", "40", "--seed", "1", "--json", "-o", str(output)]
+    command += ["--duration-s", "9.6", "--max-text-tokens", "25", "--seed", "1", "--json", "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report, info = json.loads(done.stdout), soundfile.info(output)
     assert (info.samplerate, info.frames, info.channels, info.subtype) == (22050, round(9.6 * 22050), 1, "PCM_16")
