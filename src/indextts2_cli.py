@@ -180,7 +180,7 @@ def build_parser() -> Parser:
 
 
 SPEAK = """\
-Speak a text of any length. It is cut into segments that are spoken one by one, so memory does not grow with it.
+Speak a text of any length. It is cut into segments that are spoken a few at a time, so memory does not grow with it.
 
   indextts2 speak "Hello, world." --voice recording.wav -o hello.wav
   indextts2 speak "I can't believe it!" --emotion-weights surprised=0.8 --duration-s 2.5
@@ -257,6 +257,13 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
         default=0.2,
         metavar="S",
         help="pause between segments in seconds (default: %(default)s)",
+    )
+    segments.add_argument(
+        "--segment-batch-size",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+        help="segments synthesised together; more is faster on a GPU and takes more memory (default: %(default)s)",
     )
 
     sampling = parser.add_argument_group("sampling", "the defaults of the first five are the model's own")

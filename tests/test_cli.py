@@ -235,6 +235,25 @@ class TestSpeak:
         a, b, c = (Path(f"{name}.wav").read_bytes() for name in "abc")
         assert a == b != c
 
+    def test_segments_together_sound_as_one_by_one(self, run):
+        text = "One sentence is here. Another one is there. A third one ends it."
+        waveforms = []
+        for size in (1, 3):
+            options = [
+                "-q",
+                "--max-text-tokens",
+                "8",
+                "--duration-s",
+                "3",
+                "--seed",
+                "1",
+                "--segment-batch-size",
+                size,
+            ]
+            assert run("speak", text, *options, "-o", f"{size}.wav").code == 0
+            waveforms.append(soundfile.read(f"{size}.wav")[0])
+        assert waveforms[0] == pytest.approx(waveforms[1], abs=1e-4)
+
     def test_random_seed_is_told(self, run):
         seeds = {
             json.loads(run("speak", HELLO, "--json", "--num-semantic-tokens", "9").output)["seed"] for _ in range(2)

@@ -91,6 +91,7 @@ def speak(args: argparse.Namespace) -> None:
                 duration_s=args.duration_s,
                 num_semantic_tokens=args.num_semantic_tokens,
                 segment_silence_s=args.segment_silence_s,
+                segment_batch_size=args.segment_batch_size,
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
                 seed=seed,
