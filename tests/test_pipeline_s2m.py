@@ -1,6 +1,7 @@
 """Semantic tokens to speech: the sampling loop, batches, options, and loading by diffusers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,12 @@ import torch
 from conftest import SAMPLING_RATE, make_speech
 from diffusers import DiffusionPipeline
 
-from indextts2_hf import IndexTTS2FlowMatchScheduler, IndexTTS2SemanticToMelPipeline, VoicePrompt
+from indextts2_hf import (
+    IndexTTS2FlowMatchScheduler,
+    IndexTTS2ForTextToWaveform,
+    IndexTTS2SemanticToMelPipeline,
+    VoicePrompt,
+)
 from indextts2_hf.pipeline_s2m import IndexTTS2SemanticToMelPipelineOutput
 
 
@@ -323,3 +329,13 @@ def test_model_index(tiny_checkpoint):
         "vocoder": ["indextts2_hf.modeling_vocoder", "IndexTTS2Vocoder"],
     }
     assert index["_class_name"] == "IndexTTS2SemanticToMelPipeline"
+
+
+@pytest.mark.parametrize("part", ["s2m", "scheduler", "semantic_codec", "speaker_encoder", "vocoder"])
+def test_unknown_settings_are_named(part, tiny_checkpoint, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sway_coefficent": -1.0}))
+    with pytest.raises(ValueError, match="'sway_coefficent', but it knows"):
+        IndexTTS2ForTextToWaveform.from_pretrained(folder)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
@@ -140,6 +140,18 @@ class IndexTTS2SemanticToMelPipelineOutput(BaseOutput):
     sampling_rate: int
 
 
+def check_settings(part_class: type[ConfigMixin], folder: str) -> None:
+    """Raises a `ValueError` for a setting in the folder's configuration that the class does not take."""
+    known = inspect.signature(part_class).parameters
+    unknown = [name for name in part_class.load_config(folder) if name not in known and not name.startswith("_")]
+    if unknown:
+        # diffusers would go on with the default of what was meant.
+        raise ValueError(
+            f"The settings of {part_class.__name__} in {folder!r} have {', '.join(map(repr, unknown))}, but it knows "
+            f"{', '.join(known)}. Correct the file, or update indextts2-hf if a newer version wrote it."
+        )
+
+
 class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
     r"""
     Speech from semantic tokens: length regulation, flow matching from noise to mel, vocoder. Also turns recordings into
@@ -199,6 +211,9 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         """
         The parts of a checkpoint folder by name, models in float32. Unlike `from_pretrained` it does not ask
         `model_index.json` for their classes, whose modules have other names where this code came with a repository.
+
+        Raises:
+            ValueError: the settings of a part have a name that it does not know.
         """
         models = {
             "s2m": IndexTTS2SemanticToMelTransformer,
@@ -207,6 +222,9 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             "speaker_encoder": IndexTTS2SpeakerEncoder,
             "vocoder": IndexTTS2Vocoder,
         }
+        for name, part_class in {**models, "scheduler": IndexTTS2FlowMatchScheduler}.items():
+            if issubclass(part_class, ConfigMixin):
+                check_settings(part_class, os.path.join(folder, name))
         parts = {
             name: part_class.from_pretrained(os.path.join(folder, name), dtype=torch.float32).eval()
             for name, part_class in models.items()
