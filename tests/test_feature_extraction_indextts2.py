@@ -24,8 +24,6 @@ from indextts2_hf.feature_extraction_indextts2 import (
 
 PARITY = Path(__file__).parent / "assets" / "parity"
 
-needs_parity = pytest.mark.skipif(not (PARITY / "tensors.json").is_file(), reason="the parity assets are not here")
-
 
 def tone(duration_s: float, sampling_rate: int = 22050, num_channels: int = 1) -> np.ndarray:
     """A gliding tone in noise, float32; `(num_samples,)` or `(num_samples, num_channels)`."""
@@ -480,7 +478,6 @@ def assert_parity(case: str, values: dict[str, torch.Tensor]) -> None:
             torch.testing.assert_close(value.to(expected[key].dtype), expected[key], atol=tolerance, rtol=0, msg=key)
 
 
-@needs_parity
 @pytest.mark.parametrize("clip", ["spk", "emo"])
 def test_parity_of_reading_and_resampling(clip):
     waveform, sampling_rate = load_audio(PARITY / "audio" / f"{clip}.wav")
@@ -494,7 +491,6 @@ def test_parity_of_reading_and_resampling(clip):
     assert_parity("audio", {f"out.{clip}.{key}": value for key, value in values.items()})
 
 
-@needs_parity
 def test_parity_of_the_mel():
     inputs = load_file(PARITY / "cases" / "mel.safetensors")
     values = {
@@ -504,13 +500,11 @@ def test_parity_of_the_mel():
     assert_parity("mel", {key: value.transpose(1, 2) for key, value in values.items()})
 
 
-@needs_parity
 def test_parity_of_the_fbank():
     fbank = kaldi_fbank(load_file(PARITY / "cases" / "fbank.safetensors")["in.wav_16000"])
     assert_parity("fbank", {"out.fbank": fbank, "out.fbank_mean_removed": fbank - fbank.mean(dim=0)})
 
 
-@needs_parity
 @pytest.mark.parametrize("name", ["a", "b", "emo"])
 def test_parity_of_the_speech_encoder_input(extractor, name):
     waveform = load_file(PARITY / "cases" / "w2v_features.safetensors")[f"in.{name}.wav_16000"]
@@ -519,7 +513,6 @@ def test_parity_of_the_speech_encoder_input(extractor, name):
     assert_parity("w2v_features", {f"out.{name}.{key}": value for key, value in values.items()})
 
 
-@needs_parity
 def test_parity_of_the_whole_path(extractor):
     features = extractor(PARITY / "audio" / "spk.wav", PARITY / "audio" / "emo.wav")
     values = {"a": features["speaker_input_features"], "emo": features["emotion_input_features"]}
