@@ -25,6 +25,7 @@ from indextts2_hf import (
     IndexTTS2FeatureExtractor,
     IndexTTS2FlowMatchScheduler,
     IndexTTS2ForTextToWaveform,
+    IndexTTS2GenerationConfig,
     IndexTTS2SemanticCodec,
     IndexTTS2SemanticToMelTransformer,
     IndexTTS2SpeakerEncoder,
@@ -32,7 +33,6 @@ from indextts2_hf import (
     IndexTTS2T2SForConditionalGeneration,
     IndexTTS2Vocoder,
 )
-from indextts2_hf.convert_original_checkpoint import generation_settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,7 +61,9 @@ def parse_arguments() -> argparse.Namespace:
 def random_full_size_model(dtype: torch.dtype) -> IndexTTS2ForTextToWaveform:
     """The sizes of the released checkpoint, which are the defaults of all classes."""
     t2s = IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SConfig()).to(dtype)
-    t2s.generation_config = generation_settings(t2s.config)
+    t2s.generation_config = IndexTTS2GenerationConfig(
+        do_sample=True, temperature=0.8, top_k=30, top_p=0.8, num_beams=3, repetition_penalty=10.0, length_penalty=0.0
+    )
     return IndexTTS2ForTextToWaveform(
         IndexTTS2Config(),
         t2s=t2s,

@@ -1,6 +1,7 @@
 """The whole model: batches, segments, seeds, lengths, emotions, voices, and the checkpoint folder."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -779,3 +780,47 @@ def test_a_tokenizer_of_another_checkpoint_is_named(tiny_model, tiny_voice):
         ValueError, match="token 1000 but this model knows 1000: the tokenizer belongs to another checkpoint"
     ):
         tiny_model.generate(torch.tensor([[5, 1000]]), voice=tiny_voice)
+
+
+def test_calls_in_threads_do_not_disturb_each_other(tiny_model, tiny_voice):
+    input_ids = torch.tensor([[5, 6, 7]])
+
+    def speak(seed: int) -> torch.Tensor:
+        return tiny_model.generate(input_ids, voice=tiny_voice, seed=seed, num_semantic_tokens=12).audio[0]
+
+    alone = [speak(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(speak, range(4)))
+    for expected, waveform in zip(alone, together, strict=True):
+        torch.testing.assert_close(waveform, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), -3.0, 1.5])
+def test_a_strength_out_of_range_is_refused(tiny_model, tiny_voice, other_voice, strength):
+    with pytest.raises(ValueError, match="`emotion_strength` is .*, but it must be a number from 0"):
+        tiny_model.generate(
+            torch.tensor([[5, 6]]),
+            voice=tiny_voice,
+            emotion_features=other_voice.emotion_features,
+            emotion_strength=strength,
+        )
+
+
+def test_a_too_long_segment_is_refused_before_any_work(tiny_model, tiny_voice):
+    stop = tiny_model.t2s.config.text_stop_token_id
+    input_ids = torch.tensor([[5, 6, stop] + [7] * 131])
+    with pytest.raises(ValueError, match="a segment of 131 tokens but this checkpoint has positions for 130"):
+        next(tiny_model.stream(input_ids, voice=tiny_voice))
+
+
+def test_shapes_and_seeds_are_checked(tiny_model, tiny_voice):
+    with pytest.raises(ValueError, match=r"`input_ids` must have the shape \(num_texts, text_length\)"):
+        tiny_model.generate(torch.tensor([5, 6]), voice=tiny_voice)
+    for features in (torch.zeros(1, 9, 24), torch.zeros(2, 24)):
+        with pytest.raises(ValueError, match="`emotion_features` must have the shape"):
+            tiny_model.generate(torch.tensor([[5, 6]]), voice=tiny_voice, emotion_features=[features])
+    for seed in ("abc", 1.5, True):
+        with pytest.raises(ValueError, match="`seed` is .*, but it must be a whole number"):
+            tiny_model.generate(torch.tensor([[5, 6]]), voice=tiny_voice, seed=seed)
+    with pytest.raises(ValueError, match="`num_return_sequences` is 2, but each text is spoken once"):
+        tiny_model.generate(torch.tensor([[5, 6]]), voice=tiny_voice, num_beams=2, num_return_sequences=2)

@@ -378,3 +378,15 @@ def test_saving_and_loading(pipe, tmp_path):
     arguments = dict(seed=1, duration_s=0.8, **FAST)
     assert same(loaded(TEXT, **arguments), pipe(TEXT, **arguments), atol=1e-6)
     assert loaded.device.type == "cpu" and not loaded.model.training
+
+
+def test_settings_of_the_constructor_stay(pipe):
+    settled = IndexTTS2TextToAudioPipeline(
+        model=pipe.model, processor=pipe.processor, tokenizer=pipe.tokenizer, device="cpu", duration_s=1.0, seed=3
+    )
+    expected = pipe("Hello.", duration_s=1.0, seed=3)["audio"]
+    assert len(expected) == 22050
+    np.testing.assert_array_equal(settled("Hello.")["audio"], expected)
+    np.testing.assert_array_equal(settled(["Hello."])[0]["audio"], expected)
+    np.testing.assert_array_equal(next(settled.stream("Hello.")).audio.numpy(), expected)
+    assert len(settled("Hello.", duration_s=0.5)["audio"]) == 11025

@@ -77,7 +77,7 @@ def speak(args: argparse.Namespace) -> None:
         stages.end("voice")
 
         sampling_rate = pipe.model.config.sampling_rate
-        pause = np.zeros(int(sampling_rate * args.segment_silence_s), dtype=np.int16)
+        pause = np.zeros(pipe.model.pause_samples(args.segment_silence_s), dtype=np.int16)
         segments = []
         with (
             Progress(len(texts), stages, is_quiet=args.quiet) as progress,

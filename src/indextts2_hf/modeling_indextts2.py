@@ -111,12 +111,12 @@ def row_generator(seed: int, segment_index: int, half: str, device: torch.device
 class _FreeRowLimit(StoppingCriteria):
     """Ends rows without a count at the length that ends them alone, however long their neighbours go on."""
 
-    def __init__(self, counts: list[int | None], max_length: int):
-        self.is_free = torch.tensor([count is None for count in counts])
+    def __init__(self, counts: list[int | None], max_length: int, device: torch.device):
+        self.is_free = torch.tensor([count is None for count in counts], device=device)
         self.max_length = max_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        is_free = self.is_free.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.is_free))
+        is_free = self.is_free.repeat_interleave(len(input_ids) // len(self.is_free))
         return is_free & (input_ids.shape[1] >= self.max_length)
 
 
@@ -136,7 +136,7 @@ class _TokenReport(StoppingCriteria):
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """torch's global generators at `seed` inside, as they were outside."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
@@ -263,7 +263,10 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
 
     @property
     def semantic_to_mel(self) -> "IndexTTS2SemanticToMelPipeline":
-        """The diffusers pipeline over this model's own parts."""
+        """
+        A diffusers pipeline over this model's own parts. Each access makes a new one: keep it in a variable to change
+        something in it, such as its scheduler.
+        """
         from .pipeline_s2m import IndexTTS2SemanticToMelPipeline
 
         pipeline = IndexTTS2SemanticToMelPipeline(
@@ -440,7 +443,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             audio[segment.text_index].append(segment.audio)
             semantic_ids[segment.text_index].append(segment.semantic_ids)
             if not segment.is_last:
-                pause = segment.audio.new_zeros(self._pause_samples(kwargs["segment_silence_s"]))
+                pause = segment.audio.new_zeros(self.pause_samples(kwargs["segment_silence_s"]))
                 audio[segment.text_index].append(pause)
         return IndexTTS2Output(audio=[torch.cat(parts) for parts in audio], semantic_ids=semantic_ids)
 
@@ -517,6 +520,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an option is impossible; the message says which, and what to do.
             TypeError: an argument that nobody takes.
+            Both when the first segment is taken, before any work.
         """
         if segment_batch_size < 1:
             raise ValueError(f"`segment_batch_size` is {segment_batch_size}, but at least one segment goes at a time.")
@@ -524,10 +528,15 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         logits_processor = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
         stopping_criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
         settings = self._generation_settings(generation_config, **kwargs)
+        if input_ids.ndim != 2:
+            raise ValueError(
+                f"`input_ids` must have the shape (num_texts, text_length), but it has {tuple(input_ids.shape)}. "
+                "The processor makes it."
+            )
         num_texts = len(input_ids)
         semantic_to_mel = self.semantic_to_mel
-        if noise_scheduler is not None:
-            semantic_to_mel.scheduler = noise_scheduler
+        # A scheduler counts its steps: each call has one of its own.
+        semantic_to_mel.scheduler = copy.deepcopy(self.scheduler if noise_scheduler is None else noise_scheduler)
 
         if "speaker_input_features" in voice_inputs:
             voice = semantic_to_mel.encode_voice(voice_inputs)
@@ -535,13 +544,19 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             emotion_features = semantic_to_mel.encode_emotion(voice_inputs)
         voices = [self.get_voice(given) for given in _one_for_each("voice", voice, num_texts)]
         fingerprint = semantic_to_mel.fingerprint
-        for given in {id(given): given for given in voices}.values():
+        unique = {id(given): given for given in voices}
+        for given in unique.values():
             semantic_to_mel.check_voice(given, fingerprint)
+        unique = {key: given.to(self.s2m.device) for key, given in unique.items()}
+        voices = [unique[id(given)] for given in voices]
         # Without a seed each text draws one from torch's global generator, which `torch.manual_seed` sets.
         seeds = [
             int(torch.randint(2**62, ())) if given is None else given
             for given in _one_for_each("seed", seed, num_texts)
         ]
+        for given in seeds:
+            if isinstance(given, bool) or not isinstance(given, Integral):
+                raise ValueError(f"`seed` is {given!r}, but it must be a whole number, or one for each text.")
         rows = self._plan_rows(input_ids, attention_mask, num_semantic_tokens, duration_s, segment_silence_s)
         speaker_latents, emotion_embeds = self._encode_conditions(
             voices,
@@ -586,8 +601,9 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 ],
                 output_type="pt",
                 callback_on_step_end=None if progress_callback is None else report_step,
+                fingerprint=fingerprint,
             )
-            for row, ids, length, waveform in zip(batch, semantic_ids, lengths, output.audios, strict=True):
+            for row, ids, length, waveform in zip(batch, semantic_ids, lengths.tolist(), output.audios, strict=True):
                 yield IndexTTS2Segment(
                     text_index=row.text_index,
                     segment_index=row.segment_index,
@@ -606,7 +622,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
     ) -> list[_Row]:
         """The segments of all texts, each with its share of what was asked for its text."""
         num_texts = len(input_ids)
-        self._pause_samples(segment_silence_s)
+        self.pause_samples(segment_silence_s)
         counts = _one_for_each("num_semantic_tokens", num_semantic_tokens, num_texts)
         durations = _one_for_each("duration_s", duration_s, num_texts)
         separators = {self.t2s.config.text_start_token_id, self.t2s.config.text_stop_token_id}
@@ -631,6 +647,12 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                     "another checkpoint. Load both from the same folder."
                 )
             text_lengths = [len(segment) for segment in segments]
+            most = self.t2s.config.max_text_tokens
+            if max(text_lengths) > most:
+                raise ValueError(
+                    f"Text {text_index} has a segment of {max(text_lengths)} tokens but this checkpoint has positions for "
+                    f"{most}. Give the processor a smaller `max_text_tokens`."
+                )
             tokens, samples = self._plan_lengths(
                 text_lengths, counts[text_index], durations[text_index], segment_silence_s
             )
@@ -640,7 +662,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             ]
         return rows
 
-    def _pause_samples(self, segment_silence_s: float) -> int:
+    def pause_samples(self, segment_silence_s: float) -> int:
         if not (math.isfinite(segment_silence_s) and segment_silence_s >= 0):
             raise ValueError(
                 f"`segment_silence_s` is {segment_silence_s}, but it must be a number of seconds, 0 or more."
@@ -660,7 +682,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         if duration_s is not None:
             if not (math.isfinite(duration_s) and duration_s > 0):
                 raise ValueError(f"`duration_s` is {duration_s}, but it must be a finite number of seconds above 0.")
-            pauses = self._pause_samples(segment_silence_s) * (len(text_lengths) - 1)
+            pauses = self.pause_samples(segment_silence_s) * (len(text_lengths) - 1)
             num_samples = round(duration_s * self.config.sampling_rate) - pauses
             # 20 ms for each text token is far below any speech: less cannot be meant.
             shortest = sum(text_lengths) / rate + pauses / self.config.sampling_rate
@@ -702,6 +724,18 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`speaker_latents` and `emotion_embeds` of each text; every recording is encoded once."""
         device, dtype = self.t2s.device, self.t2s.dtype
+
+        for strength in emotion_strength:
+            if not 0.0 <= strength <= 1.0:  # also true for NaN
+                raise ValueError(
+                    f"`emotion_strength` is {strength}, but it must be a number from 0 (the voice's own emotion) to 1."
+                )
+        for features in emotion_features:
+            if features is not None and (features.ndim != 2 or len(features) < 3):
+                raise ValueError(
+                    "`emotion_features` must have the shape (num_frames, feature_size) with at least 3 frames for each "
+                    f"text, but has {tuple(features.shape)}. `encode_emotion` makes them."
+                )
 
         def encode(encoder, features: list[torch.Tensor]) -> torch.Tensor:
             unique = list({id(item): item for item in features}.values())
@@ -766,6 +800,11 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         # There is no speech without a token: a segment cannot end before its first one.
         stop_id = self.t2s.config.semantic_stop_token_id
         settings.begin_suppress_tokens = [*(settings.begin_suppress_tokens or []), stop_id]
+        if (settings.num_return_sequences or 1) != 1:
+            raise ValueError(
+                f"`num_return_sequences` is {settings.num_return_sequences}, but each text is spoken once. "
+                "Repeat the text with other seeds."
+            )
         return settings
 
     def _generate_semantic_ids(
@@ -804,7 +843,8 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             logits_processor = LogitsProcessorList([*logits_processor, SeededSamplingLogitsProcessor(generators)])
         stopping_criteria = StoppingCriteriaList(stopping_criteria)
         if asked is not None and None in asked and settings.max_new_tokens is not None:
-            stopping_criteria.append(_FreeRowLimit(counts, inputs_embeds.shape[1] + settings.max_new_tokens))
+            max_length = inputs_embeds.shape[1] + settings.max_new_tokens
+            stopping_criteria.append(_FreeRowLimit(counts, max_length, t2s.device))
         if progress_callback is not None:
             stopping_criteria.append(_TokenReport(progress_callback))
         # Several beams of a row share their draws, which come from the global generators.
@@ -832,7 +872,11 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         semantic_ids = sequences.masked_fill(is_stop, 0)[:, : int(lengths.max())]
         # A full-context state for each code. Parity: positions 1, 2, 3 … here, whatever decoding used.
         output = t2s(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, semantic_ids=semantic_ids, use_cache=False
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            semantic_ids=semantic_ids,
+            use_cache=False,
+            logits_to_keep=1,  # only the states are wanted
         )
         return semantic_ids, output.last_hidden_state[:, :-1], lengths
 

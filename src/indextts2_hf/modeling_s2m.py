@@ -15,6 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 
@@ -428,6 +429,7 @@ class IndexTTS2SemanticToMelTransformer(ModelMixin, ConfigMixin):
         self.final_layer = FinalLayer(hidden_size, wavenet_hidden_size)
         self.velocity_projection = nn.Linear(wavenet_hidden_size, num_mel_bins)
 
+    @apply_forward_hook
     def add_hidden_states(
         self, semantic_embeds: torch.FloatTensor, t2s_hidden_states: torch.FloatTensor | None
     ) -> torch.FloatTensor:
@@ -456,6 +458,7 @@ class IndexTTS2SemanticToMelTransformer(ModelMixin, ConfigMixin):
             )
         return semantic_embeds + self.t2s_projection(t2s_hidden_states)
 
+    @apply_forward_hook
     def regulate_length(
         self,
         semantic_embeds: torch.FloatTensor,

@@ -89,9 +89,13 @@ class ConvSubsampling(nn.Module):
         self.scale = math.sqrt(hidden_size)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden_states = F.relu(self.conv(features[:, None]))
-        hidden_states = hidden_states.transpose(1, 2).flatten(2)
-        return self.linear(hidden_states) * self.scale
+        # Piece by piece: the convolution of a whole clip of 15 s takes 0.4 GB.
+        num_steps, size = (features.shape[1] - 1) // 2, 64
+        pieces = []
+        for start in range(0, num_steps, size):
+            hidden_states = F.relu(self.conv(features[:, None, 2 * start : 2 * (start + size) + 1]))
+            pieces.append(self.linear(hidden_states.transpose(1, 2).flatten(2)))
+        return torch.cat(pieces, dim=1) * self.scale
 
 
 class ConformerAttention(nn.Module):
@@ -304,6 +308,8 @@ class IndexTTS2T2SPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Near speakers look equal in half precision.
+    _keep_in_fp32_modules_strict = {"emotion_prototypes"}
     _can_record_outputs = {
         "hidden_states": GPT2Block,
         "attentions": OutputRecorder(GPT2Attention, index=1),
@@ -535,10 +541,9 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         Returns:
             `torch.Tensor` of shape `(batch_size, hidden_size)`: `emotion_embeds`.
         """
-        weights = emotion_weights.to(base_embeds.dtype)
-        return (
-            self.emotion_prototypes(weights, speaker_embeds) + (1.0 - weights.sum(dim=1, keepdim=True)) * base_embeds
-        )
+        weighed = self.emotion_prototypes(emotion_weights, speaker_embeds)
+        rest = 1.0 - emotion_weights.sum(dim=1, keepdim=True)
+        return weighed.to(base_embeds.dtype) + rest.to(base_embeds.dtype) * base_embeds
 
     def prepare_prefix(
         self,

@@ -331,7 +331,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         inputs = speaker_audio
         if not (isinstance(inputs, Mapping) and "speaker_input_features" in inputs):
             inputs = self.feature_extractor(speaker_audio=speaker_audio)
-        device, dtype = self.s2m.device, self.s2m.dtype
+        device, dtype = self._execution_device, self.s2m.dtype
         speaker_features = self.encode_features(inputs["speaker_input_features"], inputs.get("speaker_attention_mask"))
         emotion_features = self.encode_emotion(inputs)
         speaker_embeds = self.speaker_encoder(
@@ -362,6 +362,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         guidance_scale: float,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        fingerprint: str | None = None,
     ) -> None:
         if semantic_ids.ndim != 2 or 0 in semantic_ids.shape:
             raise ValueError(
@@ -399,7 +400,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` asks for {sorted(unknown)}, but only "
                 f"{self._callback_tensor_inputs} can be had."
             )
-        fingerprint = self.fingerprint
+        fingerprint = fingerprint or self.fingerprint
         for voice in {id(voice): voice for voice in voices}.values():
             self.check_voice(voice, fingerprint)
 
@@ -417,7 +418,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         """What is to be said, at mel rate: `(batch_size, num_mel_frames, content_size)`, zero beyond `mel_lengths`."""
         semantic_embeds = self.semantic_codec.embed(semantic_ids).to(self.s2m.dtype)
         if t2s_hidden_states is not None:
-            t2s_hidden_states = t2s_hidden_states.to(self.s2m.dtype)
+            t2s_hidden_states = t2s_hidden_states.to(semantic_embeds)
         semantic_embeds = self.s2m.add_hidden_states(semantic_embeds, t2s_hidden_states)
         return self.s2m.regulate_length(semantic_embeds, semantic_lengths, mel_lengths)
 
@@ -432,7 +433,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         so that it is the same in any batch.
         """
         shape = (len(lengths), max(lengths), self.num_mel_bins)
-        device, dtype = self.s2m.device, self.s2m.dtype
+        device, dtype = self._execution_device, self.s2m.dtype
         if latents is not None:
             if latents.shape != shape:
                 raise ValueError(f"`latents` must have the shape {shape}, but it has {tuple(latents.shape)}.")
@@ -452,8 +453,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         lengths = [len(mel) for mel in mels]
         mel_lengths = None
         if min(lengths) < max(lengths):
-            mel_lengths = torch.tensor(lengths, device=self.vocoder.device)
-        batch = pad_sequence(mels, batch_first=True).to(self.vocoder.device, self.vocoder.dtype)
+            mel_lengths = torch.tensor(lengths, device=self._execution_device)
+        batch = pad_sequence(mels, batch_first=True).to(self._execution_device, self.vocoder.dtype)
         waveform = self.vocoder(batch, mel_lengths).waveform
         hop_length = self.vocoder.hop_length
         return [row[: length * hop_length] for row, length in zip(waveform, lengths, strict=True)]
@@ -475,6 +476,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[["IndexTTS2SemanticToMelPipeline", int, torch.Tensor, dict], dict]
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        fingerprint: str | None = None,
     ) -> IndexTTS2SemanticToMelPipelineOutput | tuple:
         r"""
         Args:
@@ -504,6 +506,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
                 Called after each step with the pipeline, the step, its time and a dict with `sample`, which it may replace.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["sample"]`):
                 What that dict holds.
+            fingerprint (`str`, *optional*):
+                That of this pipeline, when it is known already: taking it reads a little of every tensor.
 
         Returns:
             [`IndexTTS2SemanticToMelPipelineOutput`]
@@ -523,10 +527,12 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             guidance_scale,
             output_type,
             callback_on_step_end_tensor_inputs,
+            fingerprint,
         )
         self._guidance_scale = guidance_scale
-        device, dtype = self.s2m.device, self.s2m.dtype
-        voices = [voice.to(device, dtype) for voice in voices]
+        device, dtype = self._execution_device, self.s2m.dtype
+        unique = {id(voice): voice.to(device, dtype) for voice in voices}
+        voices = [unique[id(voice)] for voice in voices]
 
         # What to say, behind what the prompt says.
         if semantic_lengths is None:

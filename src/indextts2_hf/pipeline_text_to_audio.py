@@ -153,7 +153,8 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         without the pauses. Takes the arguments of `__call__`.
         """
         preprocess_params, forward_params, _ = self._sanitize_parameters(**self._named(**kwargs))
-        inputs = self._ensure_tensor_on_device(self.preprocess(text, **preprocess_params), device=self.device)
+        inputs = self.preprocess(text, **(self._preprocess_params | preprocess_params))
+        inputs = self._ensure_tensor_on_device(inputs, device=self.device)
         arguments = {**forward_params["forward_params"], **forward_params["generate_kwargs"]}
         yield from self.model.stream(**inputs, **self._resolve(arguments))
 
@@ -179,11 +180,15 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         given = [name for name in _EMOTION_NAMES if arguments.get(name) is not None and arguments[name] is not False]
         if len(given) > 1:
             raise ValueError(f"Both `{given[0]}` and `{given[1]}` were given: give one emotion.")
-        return super()._sanitize_parameters(
+        preprocess_params, arguments, postprocess_params = super()._sanitize_parameters(
             preprocess_params=preprocess_params,
             forward_params={**kwargs, **(forward_params or {})},
             generate_kwargs=generate_kwargs,
         )
+        # The stock pipeline replaces these two dictionaries whole, and with them what the constructor was given.
+        kept = getattr(self, "_forward_params", {})
+        arguments = {name: {**kept.get(name, {}), **values} for name, values in arguments.items()}
+        return preprocess_params, arguments, postprocess_params
 
     def preprocess(
         self,
