@@ -519,3 +519,8 @@ def test_parity_of_the_whole_path(extractor):
     assert_parity("w2v_features", {f"out.{name}.input_features": value for name, value in values.items()})
     assert_parity("mel", {"out.log_mel": features["prompt_mel"].transpose(1, 2)})
     assert_parity("fbank", {"out.fbank_mean_removed": features["speaker_fbank"][0]})
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(ValueError, match="has no setting 'max_audio_seconds'"):
+        IndexTTS2FeatureExtractor(max_audio_seconds=3)

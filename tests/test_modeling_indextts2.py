@@ -1,6 +1,8 @@
 """The whole model: batches, segments, seeds, lengths, emotions, voices, and the checkpoint folder."""
 
+import json
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -824,3 +826,47 @@ def test_shapes_and_seeds_are_checked(tiny_model, tiny_voice):
             tiny_model.generate(torch.tensor([[5, 6]]), voice=tiny_voice, seed=seed)
     with pytest.raises(ValueError, match="`num_return_sequences` is 2, but each text is spoken once"):
         tiny_model.generate(torch.tensor([[5, 6]]), voice=tiny_voice, num_beams=2, num_return_sequences=2)
+
+
+@pytest.mark.parametrize("weight", [5.0, -0.1, float("inf"), float("nan")])
+def test_weights_that_no_processor_checked_are_refused(tiny_model, tiny_voice, weight):
+    weights = torch.tensor([[weight] + [0.0] * 7])
+    with pytest.raises(ValueError, match="`emotion_weights` are .*, but each must be a number from 0 to 1.2"):
+        tiny_model.generate(torch.tensor([[5, 6]]), voice=tiny_voice, emotion_weights=weights)
+
+
+@pytest.mark.parametrize("seconds", [1e305, "3", True])
+def test_durations_that_were_not_meant(tiny_model, tiny_voice, seconds):
+    with pytest.raises(ValueError, match="`duration_s` is .*, but it must be a finite number"):
+        tiny_model.generate(torch.tensor([[5, 6]]), voice=tiny_voice, duration_s=seconds)
+    if seconds is not True:
+        with pytest.raises(ValueError, match="`segment_silence_s` is .*, but it must be a number"):
+            tiny_model.generate(torch.tensor([[5, 6]]), voice=tiny_voice, segment_silence_s=seconds)
+
+
+@pytest.mark.parametrize("path", ["config.json", "t2s/config.json", "scheduler/scheduler_config.json"])
+def test_settings_that_are_not_there(tiny_checkpoint, tmp_path, path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / path).unlink()
+    with pytest.raises(ValueError, match=f"is no whole IndexTTS2 checkpoint: {path} cannot be read"):
+        IndexTTS2ForTextToWaveform.from_pretrained(folder)
+    (folder / path).write_text("[]")
+    with pytest.raises(ValueError, match=f"{path} holds a list instead of settings"):
+        IndexTTS2ForTextToWaveform.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("part", "setting"), [("t2s", "num_hidden_layers"), ("s2m", "num_layers")])
+def test_settings_of_a_smaller_model(tiny_checkpoint, tmp_path, part, setting):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    path = folder / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), setting: 1}))
+    with pytest.raises(ValueError, match=f"The weights in .*{part}' do not fit the `config.json` beside them"):
+        IndexTTS2ForTextToWaveform.from_pretrained(folder)
+
+
+def test_a_checkpoint_loaded_from_where_one_stands_has_a_name(tiny_checkpoint, monkeypatch):
+    monkeypatch.chdir(tiny_checkpoint)
+    model = IndexTTS2ForTextToWaveform.from_pretrained(".")
+    assert model.semantic_to_mel.fingerprint.startswith("tiny-random@")

@@ -214,3 +214,11 @@ def test_the_processor_of_a_checkpoint(processor, tiny_checkpoint):
     loaded = AutoProcessor.from_pretrained(tiny_checkpoint)
     assert type(loaded) is IndexTTS2Processor and loaded.max_text_tokens == 120
     assert torch.equal(loaded(TEXT)["input_ids"], processor(TEXT)["input_ids"])
+
+
+def test_a_strength_for_each_text(tiny_checkpoint):
+    processor = IndexTTS2Processor.from_pretrained(tiny_checkpoint)
+    inputs = processor(["One.", "Two."], emotion_weights={"happy": 1.0}, emotion_strength=[0.5, 1.0])
+    assert inputs["emotion_weights"][:, 0].tolist() == [0.5, 1.0]
+    with pytest.raises(ValueError, match=r"`emotion_strength` has 1 values for 2 text\(s\)"):
+        processor(["One.", "Two."], emotion_weights={"happy": 1.0}, emotion_strength=[0.5])

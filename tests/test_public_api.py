@@ -129,6 +129,7 @@ def test_the_second_half():
         "return_dict": True,
         "callback_on_step_end": None,
         "callback_on_step_end_tensor_inputs": None,
+        "fingerprint": None,
     }
 
 

@@ -304,7 +304,7 @@ def describe_checkpoint(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "parts": parts,
         "total": {
-            "class": config["architectures"][0],
+            "class": (config.get("architectures") or ["?"])[0],
             "num_parameters": sum(part["num_parameters"] for part in parts.values()),
             "num_bytes": sum(part["num_bytes"] for part in parts.values()),
             "dtypes": sorted({dtype for part in parts.values() for dtype in part["dtypes"]}),
@@ -350,9 +350,12 @@ def read_header(path: Path) -> dict[str, tuple[list[int], str]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"'{path}' is not readable JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"'{path}' holds a {type(settings).__name__} instead of settings.")
+    return settings
 
 
 def read_card(folder: Path) -> dict[str, Any]:

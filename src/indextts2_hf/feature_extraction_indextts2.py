@@ -423,6 +423,10 @@ def _build_extractor(config: dict[str, Any]) -> SequenceFeatureExtractor:
     return extractor_class(**config)
 
 
+# Names that transformers writes among an extractor's settings.
+FOREIGN_SETTINGS = {"auto_map", "feature_extractor_type", "name_or_path", "processor_class"}
+
+
 class IndexTTS2FeatureExtractor(FeatureExtractionMixin):
     r"""
     Reference audio as the tensors of one voice.
@@ -481,6 +485,12 @@ class IndexTTS2FeatureExtractor(FeatureExtractionMixin):
         semantic_feature_extractor: dict[str, Any] | None = None,
         **kwargs,
     ):
+        unknown = [name for name in kwargs if name not in FOREIGN_SETTINGS and not name.startswith("_")]
+        if unknown:
+            raise ValueError(
+                f"IndexTTS2FeatureExtractor has no setting {', '.join(map(repr, unknown))}. Correct "
+                "`preprocessor_config.json`, or update indextts2-hf if a newer version wrote it."
+            )
         super().__init__(**kwargs)
         if max_audio_s < MIN_AUDIO_S:
             raise ValueError(

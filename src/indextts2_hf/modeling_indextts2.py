@@ -5,12 +5,13 @@ and a voice into speech. It does not know text or recordings: those belong to th
 
 import copy
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,9 @@ EMOTION_INPUT_NAMES = ("emotion_input_features", "emotion_attention_mask")
 
 # The parts that have weights, each in a folder of its own.
 _PART_NAMES = ("t2s", "s2m", "semantic_encoder", "semantic_codec", "speaker_encoder", "vocoder")
+
+# A day: what is longer was not meant.
+_MOST_SECONDS = 86400.0
 
 # What the Auto classes hand to every `from_pretrained` and means nothing here.
 _AUTO_CLASS_NAMES = ("code_revision", "proxies", "trust_remote_code", "use_safetensors")
@@ -141,12 +145,32 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def check_settings_files(folder: str) -> None:
+    """Raises a `ValueError` that names the file if one of a checkpoint folder's settings is missing or no JSON object."""
+    paths = [os.path.join(name, "config.json") for name in _PART_NAMES]
+    paths += ["config.json", "scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json"]
+    for path in paths:
+        try:
+            with open(os.path.join(folder, path), encoding="utf-8") as file:
+                settings = json.load(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder!r} is no whole IndexTTS2 checkpoint: {path} cannot be read ({error}). "
+                "Download or convert it again."
+            ) from error
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"{folder!r} is no whole IndexTTS2 checkpoint: {path} holds a {type(settings).__name__} instead of "
+                "settings. Download or convert it again."
+            )
+
+
 def read_weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
     """
     Shapes of all tensors in a folder's `.safetensors` files, by name. Only the headers are read.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or there is none.
     """
     shapes = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
@@ -159,6 +183,10 @@ def read_weight_shapes(folder: str) -> dict[str, tuple[int, ...]]:
                 raise ValueError(
                     f"{path!r} is damaged or was not written to its end ({error}). Download or convert it again."
                 ) from error
+    if not shapes:
+        raise ValueError(
+            f"{folder!r} holds no weights in safetensors files. Download or convert the checkpoint again."
+        )
     return shapes
 
 
@@ -167,10 +195,17 @@ def check_weights(part: torch.nn.Module, folder: str, shapes: dict[str, tuple[in
     The libraries only warn of weights that a file lacks, and leave random ones.
 
     Raises:
-        ValueError: a weight of `part` is missing from `shapes`, those of its files, or has another shape there.
+        ValueError: a weight of `part` is missing from `shapes`, those of its files, or has another shape there; or the
+            files hold one that `part` does not have.
     """
-    expected = {key: tuple(tensor.shape) for key, tensor in part.state_dict().items()} if shapes else {}
+    expected = {key: tuple(tensor.shape) for key, tensor in part.state_dict().items()}
     wrong = [key for key, shape in expected.items() if shapes.get(key) != shape]
+    unknown = sorted(shapes.keys() - expected.keys())
+    if unknown and not wrong:
+        raise ValueError(
+            f"The weights in {folder!r} do not fit the `config.json` beside them: they hold {unknown[0]!r}, for which the "
+            f"configured model has no place ({len(unknown)} such weights). Convert or train it again."
+        )
     if wrong:
         key = wrong[0]
         found = f"has the shape {shapes[key]}" if key in shapes else "is missing"
@@ -332,6 +367,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 token=token,
                 revision=revision,
             )
+        check_settings_files(folder)
         if config is None:
             config = IndexTTS2Config.from_pretrained(folder)
         config.name_or_path = str(pretrained_model_name_or_path)
@@ -342,6 +378,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             subfolder="t2s",
             dtype=dtype or "auto",
             attn_implementation=attn_implementation,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,  # `check_weights` names the part
         )
         # An adapter made of it names its base by this, not by a folder of the cache.
@@ -663,9 +700,9 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         return rows
 
     def pause_samples(self, segment_silence_s: float) -> int:
-        if not (math.isfinite(segment_silence_s) and segment_silence_s >= 0):
+        if not (isinstance(segment_silence_s, Real) and 0 <= segment_silence_s < _MOST_SECONDS):  # also false for NaN
             raise ValueError(
-                f"`segment_silence_s` is {segment_silence_s}, but it must be a number of seconds, 0 or more."
+                f"`segment_silence_s` is {segment_silence_s!r}, but it must be a number of seconds, 0 or more."
             )
         return int(self.config.sampling_rate * segment_silence_s)
 
@@ -680,8 +717,9 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 f"Both `num_semantic_tokens` ({count}) and `duration_s` ({duration_s}) were given: give one of them."
             )
         if duration_s is not None:
-            if not (math.isfinite(duration_s) and duration_s > 0):
-                raise ValueError(f"`duration_s` is {duration_s}, but it must be a finite number of seconds above 0.")
+            is_number = isinstance(duration_s, Real) and not isinstance(duration_s, bool)
+            if not (is_number and 0 < duration_s < _MOST_SECONDS):  # also false for NaN
+                raise ValueError(f"`duration_s` is {duration_s!r}, but it must be a finite number of seconds above 0.")
             pauses = self.pause_samples(segment_silence_s) * (len(text_lengths) - 1)
             num_samples = round(duration_s * self.config.sampling_rate) - pauses
             # 20 ms for each text token is far below any speech: less cannot be meant.
@@ -763,11 +801,18 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             mixed = self.t2s.mix_emotion(base_embeds, emotion_embeds, strength)
             emotion_embeds = torch.where(strength == 1.0, emotion_embeds, mixed)
         if emotion_weights is not None:
-            emotion_weights = torch.as_tensor(emotion_weights, device=device)
+            emotion_weights = torch.as_tensor(emotion_weights, device=device, dtype=torch.float32)
             if emotion_weights.shape != (len(voices), 8):
                 raise ValueError(
                     f"`emotion_weights` must have the shape ({len(voices)}, 8), one row for each text, but it has "
                     f"{tuple(emotion_weights.shape)}. The processor makes it."
+                )
+            is_absent = emotion_weights.isnan().all(dim=1, keepdim=True)
+            is_valid = (emotion_weights >= 0.0) & (emotion_weights <= 1.2 + 1e-6)
+            if not (is_absent | is_valid).all():
+                raise ValueError(
+                    f"`emotion_weights` are {emotion_weights.tolist()}, but each must be a number from 0 to 1.2, or all of a "
+                    "row NaN for none. Give them to the processor, which says which one is wrong."
                 )
             if not self.t2s.emotion_prototypes.emotion_embeds.any():
                 raise ValueError(
@@ -776,7 +821,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 )
             speaker_embeds = torch.stack([voice.speaker_embeds.to(device) for voice in voices])
             weighed = self.t2s.weigh_emotion(emotion_weights.nan_to_num(), speaker_embeds, emotion_embeds)
-            emotion_embeds = torch.where(emotion_weights.isnan().any(dim=1, keepdim=True), emotion_embeds, weighed)
+            emotion_embeds = torch.where(is_absent, emotion_embeds, weighed)
         return speaker_latents, emotion_embeds
 
     def _generation_settings(self, generation_config: GenerationConfig | None, **kwargs: Any) -> GenerationConfig:

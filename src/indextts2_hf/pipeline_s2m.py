@@ -226,7 +226,9 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             if issubclass(part_class, ConfigMixin):
                 check_settings(part_class, os.path.join(folder, name))
         parts = {
-            name: part_class.from_pretrained(os.path.join(folder, name), dtype=torch.float32).eval()
+            name: part_class.from_pretrained(
+                os.path.join(folder, name), dtype=torch.float32, use_safetensors=True
+            ).eval()
             for name, part_class in models.items()
         }
         parts["scheduler"] = IndexTTS2FlowMatchScheduler.from_pretrained(os.path.join(folder, "scheduler"))
@@ -271,7 +273,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         if path.parent.name == "snapshots":
             # A repository in the cache of the Hub: `models--OWNER--NAME/snapshots/COMMIT`.
             return path.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return path.name
+        return path.resolve().name
 
     def check_voice(self, voice: VoicePrompt, fingerprint: str | None = None) -> None:
         """

@@ -80,7 +80,7 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         emotion_audio: Any = None,
         emotion_weights: EmotionWeights | Sequence[EmotionWeights | None] | None = None,
         emotion_text: str | list[str | None] | bool | None = None,
-        emotion_strength: float = 1.0,
+        emotion_strength: float | list[float] = 1.0,
         duration_s: float | list[float | None] | None = None,
         num_semantic_tokens: int | list[int | None] | None = None,
         seed: int | list[int] | None = None,
@@ -105,7 +105,7 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
             emotion_text (`str`, `list[str]` or `True`, *optional*):
                 A description of the emotion, read by the checkpoint's emotion language model; a list holds one (or `None`)
                 for each text; `True` takes the text itself.
-            emotion_strength (`float`, defaults to 1.0):
+            emotion_strength (`float`, or one for each text, defaults to 1.0):
                 0–1, how much of the emotion is used.
             duration_s (`float`, or one (or `None`) for each text, *optional*):
                 Exact length of the speech in seconds, pauses included.

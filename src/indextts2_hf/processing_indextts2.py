@@ -57,7 +57,7 @@ class IndexTTS2Processor(ProcessorMixin):
         speaker_audio: AudioInput | None = None,
         emotion_audio: AudioInput | None = None,
         emotion_weights: EmotionWeights | Sequence[EmotionWeights | None] | None = None,
-        emotion_strength: float = 1.0,
+        emotion_strength: float | list[float] = 1.0,
         max_text_tokens: int | None = None,
         quick_streaming_tokens: int = 0,
         return_tensors: str = "pt",
@@ -74,7 +74,7 @@ class IndexTTS2Processor(ProcessorMixin):
                 A recording of the emotion, for all texts.
             emotion_weights (eight numbers, a `dict` of names, or one of these (or `None`) for each text, *optional*):
                 Intensities in the order of `EMOTIONS`, each 0–1.2.
-            emotion_strength (`float`, defaults to 1.0):
+            emotion_strength (`float`, or one for each text, defaults to 1.0):
                 0–1, how much of `emotion_weights` is used.
             max_text_tokens (`int`, *optional*):
                 Most text tokens in one segment, instead of the processor's own.
@@ -129,7 +129,7 @@ class IndexTTS2Processor(ProcessorMixin):
     def _weigh(
         self,
         emotion_weights: EmotionWeights | Sequence[EmotionWeights | None],
-        emotion_strength: float,
+        emotion_strength: float | list[float],
         num_texts: int,
     ) -> torch.Tensor:
         """Checked and scaled weights of shape `(num_texts, 8)`."""
@@ -142,12 +142,17 @@ class IndexTTS2Processor(ProcessorMixin):
             raise ValueError(
                 f"`emotion_weights` has {len(given)} rows for {num_texts} text(s): give one for all or one for each."
             )
+        strengths = list(emotion_strength) if np.ndim(emotion_strength) else [emotion_strength] * num_texts
+        if len(strengths) != num_texts:
+            raise ValueError(
+                f"`emotion_strength` has {len(strengths)} values for {num_texts} text(s): give one for all or one for each."
+            )
         return torch.tensor(
             [
                 [float("nan")] * 8
                 if row is None
-                else scale_emotion_weights(check_emotion_weights(row), emotion_strength)
-                for row in given
+                else scale_emotion_weights(check_emotion_weights(row), float(strength))
+                for row, strength in zip(given, strengths, strict=True)
             ]
         )
 
