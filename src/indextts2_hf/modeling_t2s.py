@@ -308,8 +308,6 @@ class IndexTTS2T2SPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Near speakers look equal in half precision.
-    _keep_in_fp32_modules_strict = {"emotion_prototypes"}
     _can_record_outputs = {
         "hidden_states": GPT2Block,
         "attentions": OutputRecorder(GPT2Attention, index=1),
@@ -417,6 +415,8 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
     """
 
     generation_config_class = IndexTTS2GenerationConfig
+    # Near speakers look equal in half precision.
+    _keep_in_fp32_modules_strict = {"emotion_prototypes"}
 
     def __init__(self, config: IndexTTS2T2SConfig):
         super().__init__(config)
