@@ -1,11 +1,16 @@
 """Tiny real models, built once per run, and seeded synthetic sound. Nothing here needs the network."""
 
+import csv
+import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from datasets import Dataset
 from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
 
 from indextts2_hf import (
@@ -27,6 +32,7 @@ from indextts2_hf import (
 
 
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
 ASSETS = Path(__file__).parent / "assets"
 SAMPLING_RATE = 22050
@@ -218,3 +224,62 @@ def tiny_checkpoint(tmp_path_factory, tiny_model, tiny_voice, tokenizer) -> Path
 def pipe(tiny_checkpoint) -> IndexTTS2TextToAudioPipeline:
     """The front door over that folder. Shared: a test must not change it."""
     return IndexTTS2TextToAudioPipeline.from_pretrained(tiny_checkpoint)
+
+
+# --- training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_features(tmp_path_factory, tiny_checkpoint) -> Path:
+    """
+    Prepared features that fit `tiny_checkpoint`, of three speakers with four clips each, and two more of each in the
+    validation split; random, but with codes that repeat as speech does. Shared: a test must not write into it.
+    """
+    from data import feature_columns, made_with
+
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    frames_per_token = SAMPLING_RATE / 256 / 50
+    for split, clips in (("train", range(4)), ("validation", range(4, 6))):
+        rows = []
+        for speaker in range(3):
+            for clip in clips:
+                num_tokens = int(rng.integers(20, 40))
+                num_frames = int(num_tokens * frames_per_token)
+                rows.append(
+                    {
+                        "clip": f"speaker{speaker}/clip{clip}",
+                        "speed": 1.0,
+                        "speaker": f"speaker{speaker}",
+                        "emotion": ["happy", "sad"][clip % 2],
+                        "language": "en",
+                        "text": "hello",
+                        "duration_s": num_tokens / 50,
+                        "num_semantic_tokens": num_tokens,
+                        "input_ids": rng.integers(2, 900, rng.integers(3, 9)),
+                        "semantic_ids": np.repeat(rng.integers(0, 64, num_tokens), 2)[:num_tokens],
+                        "semantic_features": rng.standard_normal((num_tokens, 24)).astype(np.float16),
+                        "mel": (rng.standard_normal((num_frames, 80)) - 5).astype(np.float16),
+                        "speaker_embeds": rng.standard_normal(16).astype(np.float32),
+                    }
+                )
+        table = Dataset.from_list(rows, features=feature_columns(feature_size=24, num_mel_bins=80))
+        table.save_to_disk(folder / split / "shard-00000")
+    (folder / "features.json").write_text(json.dumps(made_with(tiny_checkpoint)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recordings(tmp_path_factory) -> Path:
+    """A folder of recordings in the audiofolder layout: two speakers with four clips each. Shared: a test must not change it."""
+    folder = tmp_path_factory.mktemp("recordings")
+    with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "text", "speaker", "emotion", "language"])
+        for speaker, pitch_hz in enumerate((110.0, 220.0)):
+            for clip in range(4):
+                name = f"speaker{speaker}-{clip}.wav"
+                sound = make_speech(0.6 + 0.1 * clip, 16000, pitch_hz * (1 + 0.02 * clip), seed=clip)
+                soundfile.write(folder / name, sound, 16000)
+                table.writerow([name, "Hello world.", f"speaker{speaker}", "neutral", "en"])
+    return folder

@@ -47,11 +47,14 @@ class IndexTTS2T2SOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*):
             `semantic_loss + text_loss_weight * text_loss`, when `labels` are given.
         semantic_loss, text_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Mean cross-entropy per token, in nats, the stop token counted.
+            Cross-entropy per token in nats, the stop token counted: the mean of each row's own mean (paper, equation of
+            section 3.1), which does not depend on the rows beside it.
         logits (`torch.FloatTensor` of shape `(batch_size, num_rows, semantic_vocab_size)`):
             Semantic logits. Row 0 belongs to the start token and predicts the first code.
         text_logits (`torch.FloatTensor` of shape `(batch_size, text_length + 2, text_vocab_size)`, *optional*):
             Text logits of the rows start, text, stop (right-padded), when `labels` are given.
+        emotion_embeds (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*):
+            The emotion vectors that were used, when there were any.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_rows, hidden_size)`):
             Normalised states of the rows of `logits`. Without the last row they are the `t2s_hidden_states` of the codes:
             row `i` is the state from which code `i` is predicted.
@@ -66,6 +69,7 @@ class IndexTTS2T2SOutput(ModelOutput):
     text_loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     text_logits: torch.FloatTensor | None = None
+    emotion_embeds: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -77,6 +81,15 @@ def sinusoidal_positions(length: int, size: int, device: torch.device) -> torch.
     positions = torch.arange(length, dtype=torch.float32, device=device)[:, None]
     rates = torch.exp(torch.arange(0, size, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / size))
     return torch.stack([torch.sin(positions * rates), torch.cos(positions * rates)], dim=-1).flatten(1)
+
+
+def mean_cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torch.Tensor:
+    """
+    Mean over rows of the mean over each row's own targets, those of -100 left out: `(batch_size, length, vocab_size)` and
+    `(batch_size, length)` to `()`.
+    """
+    losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=-100, reduction="none")
+    return (losses.sum(dim=1) / (targets != -100).sum(dim=1)).mean()
 
 
 class ConvSubsampling(nn.Module):
@@ -259,7 +272,9 @@ class PerceiverResampler(nn.Module):
     def forward(self, context: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(batch_size, num_frames, context_size)` to `(batch_size, num_latents, size)`; `mask` is that of the frames."""
         context = self.context_proj(context)
-        latents = self.latents.expand(context.shape[0], -1, -1)
+        # Whole copies, not views: torch multiplies a view another way if the weights are frozen, as they are under an adapter
+        # even when it is disabled, and the last bits would differ.
+        latents = self.latents.repeat(context.shape[0], 1, 1)
         if mask is not None:
             mask = F.pad(mask, (latents.shape[1], 0), value=True)[:, None, None]
         for layer in self.layers:
@@ -756,7 +771,9 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         # Semantic rows: the start token, which ends the prefix, and the codes behind it; in cached steps the codes alone.
         num_rows = (semantic_ids.shape[1] if semantic_ids is not None else 0) + int(is_first)
         hidden_states = outputs.last_hidden_state[:, -num_rows:]
-        logits = self.semantic_head(hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states)
+        kept_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        # A copy, so that frozen weights give the same bits; see `PerceiverResampler`.
+        logits = self.semantic_head(kept_states.contiguous())
 
         loss = semantic_loss = text_loss = text_logits = None
         if labels is not None:
@@ -770,6 +787,7 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
             text_loss=text_loss,
             logits=logits,
             text_logits=text_logits,
+            emotion_embeds=emotion_embeds,
             last_hidden_state=hidden_states,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -781,7 +799,7 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         targets = F.pad(labels, (0, 1), value=-100)
         num_codes = (labels >= 0).sum(dim=1, keepdim=True)
         targets = targets.scatter(1, num_codes, self.config.semantic_stop_token_id)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return mean_cross_entropy(logits, targets)
 
     def _text_loss(
         self, prefix_states: torch.Tensor, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
@@ -795,8 +813,7 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         source = source.clamp(max=prefix_states.shape[1] - 1)[..., None].expand(-1, -1, prefix_states.shape[2])
         text_logits = self.text_head(prefix_states.gather(1, source))
         targets = text_ids[:, 1:].masked_fill(steps[:-1] > num_kept[:, None], -100)
-        loss = F.cross_entropy(text_logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
-        return loss, text_logits
+        return mean_cross_entropy(text_logits[:, :-1], targets), text_logits
 
 
 __all__ = [

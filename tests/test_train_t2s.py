@@ -1,0 +1,191 @@
+"""The stages of the text-to-semantic training: what is trained, what is reported, and that what is saved speaks."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data import T2SDataset, collate_t2s, load_features
+from indextts2_hf import IndexTTS2T2SForConditionalGeneration, IndexTTS2TextToAudioPipeline
+from programs import TRAINING, read_log, run_killed, run_program, run_ranks, run_to_error
+
+
+@pytest.fixture
+def options(tiny_checkpoint, tiny_features):
+    """A run of four steps without dropout, whose every figure is logged."""
+    return [
+        *("--model", tiny_checkpoint, "--data", tiny_features, "--max_train_steps", 4, "--batch_size", 2),
+        *("--warmup_steps", 1, "--num_workers", 0, "--log_steps", 1, "--dropout", 0),
+    ]
+
+
+def load_t2s(folder):
+    return IndexTTS2T2SForConditionalGeneration.from_pretrained(folder, subfolder="t2s")
+
+
+def changed_parts(old, new) -> set[str]:
+    """Top-level modules with a weight that is not what it was."""
+    weights = old.state_dict()
+    return {key.split(".")[0] for key, value in new.state_dict().items() if not torch.equal(value, weights[key])}
+
+
+# --- the stages ----------------------------------------------------------------------------------------------------------
+
+
+TRUNK = {"model", "slot_embedding", "text_embedding", "text_position_embedding", "semantic_embedding", "text_head"}
+TRUNK |= {"semantic_position_embedding", "semantic_head"}
+SPEAKER_PATH = {"speaker_conformer", "speaker_perceiver"}
+EMOTION_PATH = {"emotion_conformer", "emotion_perceiver", "emotion_in_proj", "emotion_out_proj"}
+
+
+def test_stage_one_as_a_program_of_its_own(options, tiny_checkpoint, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, TRAINING / "train_t2s.py", "--stage", "1", "--output", out, *options]
+    result = subprocess.run([str(item) for item in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "trainable parameters" in result.stderr and "s of speech a step" in result.stderr
+
+    # What is saved speaks, the best and the last.
+    for folder in (out, out / "last"):
+        pipe = IndexTTS2TextToAudioPipeline.from_pretrained(folder)
+        assert len(pipe("Hello.", duration_s=0.4, seed=1)["audio"]) == round(0.4 * 22050)
+
+    # The emotion path is left out: what it would give is zero.
+    last = load_t2s(out / "last")
+    assert changed_parts(load_t2s(tiny_checkpoint), last) == TRUNK | SPEAKER_PATH | {"emotion_out_proj"}
+    assert not last.encode_emotion(torch.randn(1, 9, 24)).any()
+
+    rows = read_log(out, "train/")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    names = {"loss", "gradient_norm", "learning_rate", "semantic_cross_entropy_per_token"}
+    names |= {"text_cross_entropy_per_token", "token_accuracy"}
+    assert {key.removeprefix("train/") for key in rows[0]} == names | {"step"}
+    assert [row["step"] for row in read_log(out, "eval/")] == [0, 4]
+
+
+def test_stage_two_trains_the_emotion_path_against_a_speaker_classifier(options, tiny_checkpoint, tmp_path):
+    out = tmp_path / "run"
+    said = run_program("train_t2s", "--stage", 2, "--output", out, *options, "--learning_rate", 1e-3)
+    last = load_t2s(out / "last")
+    assert changed_parts(load_t2s(tiny_checkpoint), last) == TRUNK | EMOTION_PATH | {"emotion_prototypes"}
+    row = read_log(out, "train/")[-1]
+    assert 0 <= row["train/speaker_accuracy"] <= 1
+    loss = row["train/semantic_cross_entropy_per_token"] + 0.01 * row["train/text_cross_entropy_per_token"]
+    assert row["train/loss"] == pytest.approx(loss + 0.1 * row["train/speaker_cross_entropy_per_clip"], rel=1e-5)
+    # The clips are happy or sad: these two weights have an effect of their own now.
+    assert "Emotion weights know happy, sad." in said
+
+
+def test_stage_three_freezes_the_conditioners(options, tiny_checkpoint, tmp_path):
+    out = tmp_path / "run"
+    run_program("train_t2s", "--stage", 3, "--output", out, *options)
+    assert changed_parts(load_t2s(tiny_checkpoint), load_t2s(out / "last")) == TRUNK | {"emotion_prototypes"}
+
+
+def test_the_gradient_reversal_hides_the_speaker():
+    from train_t2s import SpeakerClassifier
+
+    torch.manual_seed(0)
+    voices = torch.randn(4, 8)
+
+    def train(classifier, path, path_rate, num_steps) -> float:
+        groups = [{"params": classifier.parameters()}, {"params": path.parameters(), "lr": path_rate}]
+        optimizer = torch.optim.AdamW(groups, lr=3e-3)
+        accuracies = []
+        for _ in range(num_steps):
+            speakers = torch.randint(4, (64,))
+            features = torch.cat([torch.randn(64, 8), voices[speakers]], dim=1)
+            loss, accuracy = classifier(path(features), speakers)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            accuracies.append(accuracy.item())
+        return sum(accuracies[-50:]) / 50
+
+    # From features that tell the speaker to an "emotion vector", before and after training against the classifier.
+    path = torch.nn.Linear(16, 8)
+    accuracies = []
+    for is_trained in (False, True):
+        if is_trained:
+            # The classifier ten times as fast as the vector, as in the program.
+            train(SpeakerClassifier(8, 32, 4), path, 3e-4, 800)
+        accuracies.append(train(SpeakerClassifier(8, 32, 4), path, 0.0, 300))
+    assert accuracies[0] > 0.9
+    assert accuracies[1] < 0.55, "a new classifier still finds the speaker"
+
+
+def test_the_prototypes_are_the_means_of_each_speakers_clips(tiny_checkpoint, tiny_features):
+    from train_t2s import store_emotion_prototypes
+
+    dataset = T2SDataset(load_features(tiny_features, "train"), seed=0, with_emotion=True)
+    t2s = load_t2s(tiny_checkpoint)
+    before = t2s.emotion_prototypes.emotion_embeds.clone()
+    assert store_emotion_prototypes(t2s, dataset) == ["happy", "sad"]
+    clips = [row for row in range(len(dataset.clips)) if dataset.emotions[row] == "happy"]
+    first_speaker = [row for row in clips if dataset.speakers[row] == dataset.speakers[clips[0]]]
+    embeds = [
+        t2s.encode_emotion(torch.tensor(dataset.features[row]["semantic_features"]).float()[None])[0]
+        for row in first_speaker
+    ]
+    torch.testing.assert_close(t2s.emotion_prototypes.emotion_embeds[0], torch.stack(embeds).mean(dim=0))
+    # The other six emotions keep theirs: counts are 1, 2, 1, 2, 1, 1, 1, 3.
+    assert torch.equal(t2s.emotion_prototypes.emotion_embeds[1:3], before[1:3])
+    assert torch.equal(t2s.emotion_prototypes.emotion_embeds[4:], before[4:])
+    assert not torch.equal(t2s.emotion_prototypes.emotion_embeds[3], before[3])
+
+
+# --- the length ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_length_is_told_in_seven_draws_of_ten(tiny_features):
+    dataset = T2SDataset(load_features(tiny_features, "train"), seed=0)
+    examples = [dataset[draw % len(dataset), draw] for draw in range(400)]
+    assert 0.22 < sum(example["is_free"] for example in examples) / 400 < 0.38
+    batch = collate_t2s(examples[:32])
+    counts = (batch["labels"] >= 0).sum(dim=1)
+    is_free = torch.tensor([example["is_free"] for example in examples[:32]])
+    assert is_free.any() and torch.equal(batch["num_semantic_tokens"], counts.masked_fill(is_free, 0))
+
+
+# --- resuming, processes -------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_with_dropout_it_gives_the_same_numbers(options, tmp_path):
+    options = ["--stage", 2, *options, "--dropout", 0.2, "--save_steps", 2, "--eval_steps", 2, "--max_train_steps", 6]
+    run_program("train_t2s", "--output", tmp_path / "whole", *options)
+    run_killed("train_t2s", "--output", tmp_path / "killed", *options, after=tmp_path / "killed/state/step-00000002")
+    said = run_program("train_t2s", "--output", tmp_path / "killed", *options, "--resume")
+    assert "Continuing" in said
+    whole, killed = (read_log(tmp_path / name) for name in ("whole", "killed"))
+    assert len(whole) == 6 + 4 and whole == killed
+    assert changed_parts(load_t2s(tmp_path / "whole/last"), load_t2s(tmp_path / "killed/last")) == set()
+    assert changed_parts(load_t2s(tmp_path / "whole"), load_t2s(tmp_path / "killed")) == set()
+
+
+def test_two_processes_or_two_batches_are_one_batch_twice_as_large(options, tmp_path):
+    options = ["--stage", 2, *options]
+    run_program("train_t2s", "--output", tmp_path / "one", *options, "--batch_size", 4)
+    run_ranks("train_t2s", 2, "--output", tmp_path / "two", *options)
+    run_program("train_t2s", "--output", tmp_path / "accumulated", *options, "--gradient_accumulation_steps", 2)
+    one = read_log(tmp_path / "one")
+    for name in ("two", "accumulated"):
+        rows = read_log(tmp_path / name)
+        assert len(rows) == len(one) == 6
+        for row, expected in zip(rows, one, strict=True):
+            assert row == pytest.approx(expected, rel=1e-4), name
+
+
+# --- wrong input ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_pairs(options, tiny_features, tiny_checkpoint, tmp_path):
+    from datasets import load_from_disk
+
+    lonely = tmp_path / "features"
+    for split in ("train", "validation"):
+        table = load_from_disk(tiny_features / split / "shard-00000")
+        table.select([0]).save_to_disk(lonely / split / "shard-00000")
+    (lonely / "features.json").write_text((tiny_features / "features.json").read_text())
+    said = run_to_error("train_t2s", "--stage", 1, "--output", tmp_path / "run", *options, "--data", lonely)
+    assert "No speaker has two clips (1 speakers, 1 clips)" in said

@@ -1,0 +1,277 @@
+"""
+Trains the text-to-semantic transformer in the three stages of the paper (section 3.1, `--stage`):
+
+1. text and voice to semantic tokens, on all data. The emotion vector is zero.
+2. the emotion path, on emotional data. A classifier tries to tell the speakers apart by the emotion vector, and a gradient
+   reversal teaches the vector not to tell them. The speaker path is frozen.
+3. everything behind the conditioners, on all data. Speaker and emotion path are frozen. Fine-tuning begins and ends here.
+
+    python training/train_t2s.py --stage 1 --model CHECKPOINT --data FEATURES --output RUN
+    accelerate launch training/train_t2s.py --config training/configs/t2s_stage1.yaml --model … --data … --output …
+
+`CHECKPOINT` is a folder or a Hub repository: released and converted, trained before, or new (`make_checkpoint.py`). `FEATURES` comes
+from `prepare_dataset.py`. `RUN` becomes a whole checkpoint: `indextts2 speak "Hello." --model RUN`.
+
+The asked length stands in the prefix as a row of the semantic position table, and in 30 % of the draws the row is zero: the
+length is then free. The speed of target and prompt is drawn among those that were prepared.
+
+The paper states AdamW, the rate 2e-4, the 30 %, and what each stage trains. Batch, steps, schedule, weight of the speaker term,
+size of the classifier, weight of the text term (0.01, `text_loss_weight` of the checkpoint) and the emotion prompt are ours.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from data import T2SDataset, collate_t2s, load_features
+from indextts2_hf import IndexTTS2T2SForConditionalGeneration
+from indextts2_hf.emotion import EMOTIONS
+from run import Run, add_run_arguments, parse_arguments, run_program
+
+
+SPEAKER_PATH = ("speaker_conformer", "speaker_perceiver")
+EMOTION_PATH = ("emotion_conformer", "emotion_perceiver", "emotion_in_proj", "emotion_out_proj")
+FROZEN = {1: EMOTION_PATH, 2: SPEAKER_PATH, 3: SPEAKER_PATH + EMOTION_PATH}
+
+# Clips whose emotion vectors are averaged for a speaker and an emotion.
+MAX_CLIPS_PER_PROTOTYPE = 16
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--stage", type=int, choices=[1, 2, 3], required=True, help="see above")
+    parser.add_argument(
+        "--free_length_probability",
+        type=float,
+        default=0.3,
+        help="how often the length is not told (paper: %(default)s)",
+    )
+    parser.add_argument(
+        "--speaker_loss_weight",
+        type=float,
+        default=0.1,
+        help="weight of the reversed speaker term in stage 2 (ours: %(default)s)",
+    )
+    parser.add_argument("--classifier_size", type=int, default=256, help="width of its classifier (ours: %(default)s)")
+    parser.add_argument(
+        "--classifier_rate_factor",
+        type=float,
+        default=10.0,
+        help="how much faster it learns than the rest: at equal rates the vector outruns it, and a new classifier still "
+        "finds the speaker (ours: %(default)s)",
+    )
+    parser.add_argument("--dropout", type=float, help="in the trunk; by default what the checkpoint says")
+    add_run_arguments(parser)
+    return parse_arguments(parser)
+
+
+class ReverseGradient(torch.autograd.Function):
+    """The identity, whose gradient has the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return -gradient
+
+
+class SpeakerClassifier(nn.Module):
+    """Tells the training speakers apart by the emotion vector, while its gradient teaches the vector to hide them."""
+
+    def __init__(self, hidden_size: int, classifier_size: int, num_speakers: int):
+        super().__init__()
+        self.in_proj = nn.Linear(hidden_size, classifier_size)
+        self.out_proj = nn.Linear(classifier_size, num_speakers)
+
+    def forward(
+        self, emotion_embeds: torch.Tensor, speaker_numbers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(batch_size, hidden_size)` and `(batch_size,)` to mean cross-entropy and accuracy."""
+        logits = self.out_proj(F.gelu(self.in_proj(ReverseGradient.apply(emotion_embeds))))
+        accuracy = (logits.argmax(dim=-1) == speaker_numbers).float().mean()
+        return F.cross_entropy(logits.float(), speaker_numbers), accuracy
+
+
+def token_accuracy(logits: torch.Tensor, labels: torch.LongTensor, stop_token_id: int) -> torch.Tensor:
+    """Share of the tokens, stop included, whose most likely id is right, in teacher forcing: the mean over rows."""
+    num_codes = (labels >= 0).sum(dim=1, keepdim=True)
+    targets = F.pad(labels, (0, 1), value=-100).scatter(1, num_codes, stop_token_id)
+    return ((logits.argmax(dim=-1) == targets).sum(dim=1) / (num_codes[:, 0] + 1)).mean()
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, dataset: T2SDataset, stop_token_id: int) -> dict[str, float]:
+    """Cross-entropies and accuracy on the held-out split. Lengths and prompts are the same every time."""
+    model.eval()
+    batches = []
+    for batch, count in run.evaluation_batches(dataset, collate_t2s):
+        batch.pop("ids"), batch.pop("speaker_numbers")
+        output = model(**batch, use_cache=False)
+        figures = {
+            "semantic_cross_entropy_per_token": output.semantic_loss,
+            "text_cross_entropy_per_token": output.text_loss,
+            "token_accuracy": token_accuracy(output.logits, batch["labels"], stop_token_id),
+        }
+        batches.append((figures, count))
+    model.train()
+    return run.mean_over_rows(batches)
+
+
+@torch.no_grad()
+def store_emotion_prototypes(t2s: IndexTTS2T2SForConditionalGeneration, dataset: T2SDataset) -> list[str]:
+    """
+    Fills the emotion prototypes, by which emotion weights work: for each emotion that the clips are labelled with, the mean
+    emotion vector of each speaker, at most as many speakers as the checkpoint has room for. Other emotions keep theirs.
+
+    Returns:
+        `list[str]`: the emotions that were stored.
+    """
+    prototypes = t2s.emotion_prototypes
+    rows: dict[tuple[str, str], list[int]] = {}
+    for row, pair in enumerate(zip(dataset.emotions, dataset.speakers, strict=True)):
+        rows.setdefault(pair, []).append(row)
+    stored, start = [], 0
+    for name, count in zip(EMOTIONS, prototypes.counts, strict=True):
+        speakers = [speaker for emotion, speaker in rows if emotion == name][:count]
+        for place in range(count if speakers else 0):
+            # Where there are fewer speakers than places, some stand twice.
+            clips = rows[name, speakers[place % len(speakers)]][:MAX_CLIPS_PER_PROTOTYPE]
+            embeds = []
+            for row in clips:
+                features = torch.as_tensor(dataset.features[row]["semantic_features"]).float().to(t2s.device)
+                embeds.append(t2s.encode_emotion(features[None])[0])
+            speaker_embeds = [torch.as_tensor(dataset.features[row]["speaker_embeds"]).float() for row in clips]
+            prototypes.emotion_embeds[start + place] = torch.stack(embeds).mean(dim=0)
+            prototypes.speaker_embeds[start + place] = torch.stack(speaker_embeds).mean(dim=0)
+        stored += [name] if speakers else []
+        start += count
+    return stored
+
+
+def main() -> None:
+    arguments = parse()
+    run = Run(arguments, parts=("t2s",))
+    accelerator = run.accelerator
+
+    # Data
+    with_emotion = arguments.stage > 1
+    train_set, held_out_set = (
+        T2SDataset(
+            load_features(arguments.data, split, run.base),
+            arguments.seed,
+            arguments.free_length_probability,
+            with_emotion,
+        )
+        for split in ("train", "validation")
+    )
+    if train_set.lone_speakers:
+        run.say(f"{len(train_set.lone_speakers)} speakers have one clip alone, which has no prompt: left out.")
+    loader = run.make_loader(train_set, collate_t2s, train_set.lengths)
+
+    # Model
+    dropout = (
+        {}
+        if arguments.dropout is None
+        else dict.fromkeys(["attn_pdrop", "resid_pdrop", "embd_pdrop"], arguments.dropout)
+    )
+    t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(
+        run.base, subfolder="t2s", dtype=torch.float32, **dropout
+    )
+    if not t2s.config.use_length_row:
+        run.say(
+            "This checkpoint has no length row (a released one): the length is not told, and stays to the token count rule."
+        )
+    if arguments.stage == 1:
+        # No emotion until stage 2 teaches it: inference adds the vector whatever stage a checkpoint is from.
+        nn.init.zeros_(t2s.emotion_out_proj.weight)
+        nn.init.zeros_(t2s.emotion_out_proj.bias)
+    for name in FROZEN[arguments.stage]:
+        getattr(t2s, name).requires_grad_(False)
+    if arguments.gradient_checkpointing:
+        t2s.gradient_checkpointing_enable({"use_reentrant": False})
+    t2s.train()
+    stop_token_id, token_rate = t2s.config.semantic_stop_token_id, t2s.config.semantic_token_rate
+
+    # Optimiser
+    parameters = [parameter for parameter in t2s.parameters() if parameter.requires_grad]
+    groups = [{"params": parameters}]
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    classifier = None
+    if arguments.stage == 2:
+        num_speakers = len(train_set.speaker_names)
+        classifier = SpeakerClassifier(t2s.config.hidden_size, arguments.classifier_size, num_speakers)
+        rate = arguments.classifier_rate_factor * arguments.learning_rate
+        groups.append({"params": list(classifier.parameters()), "lr": rate})
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.max_train_steps)
+    t2s, optimizer, loader, scheduler = accelerator.prepare(t2s, optimizer, loader, scheduler)
+    if classifier is not None:
+        classifier = accelerator.prepare(classifier)
+    run.restore()
+
+    rows_per_step = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    seconds = sum(train_set.lengths) / token_rate
+    run.say(
+        f"{num_parameters:,} trainable parameters; {seconds / 3600:.2f} h of speech in {len(train_set)} rows of "
+        f"{len(train_set.speaker_names)} speakers; {seconds / len(train_set) * rows_per_step:.0f} s of speech a step"
+    )
+
+    # Loop
+    if run.step == 0:
+        run.keep_best(
+            evaluate(run, t2s, held_out_set, stop_token_id), "semantic_cross_entropy_per_token", {"t2s": t2s}
+        )
+    for batch in run.batches(loader):
+        ids, speaker_numbers = batch.pop("ids"), batch.pop("speaker_numbers")
+        with accelerator.accumulate(t2s):
+            output = t2s(**batch, use_cache=False)
+            loss = output.loss
+            figures = {
+                "semantic_cross_entropy_per_token": output.semantic_loss,
+                "text_cross_entropy_per_token": output.text_loss,
+                "token_accuracy": token_accuracy(output.logits, batch["labels"], stop_token_id),
+            }
+            if classifier is not None:
+                speaker_loss, figures["speaker_accuracy"] = classifier(output.emotion_embeds, speaker_numbers)
+                figures["speaker_cross_entropy_per_clip"] = speaker_loss
+                loss = loss + arguments.speaker_loss_weight * speaker_loss
+            run.check_loss(loss, ids)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                run.clip_gradients([parameter for group in groups for parameter in group["params"]])
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        run.record(figures)
+        if not accelerator.sync_gradients:
+            continue
+        run.advance(scheduler.get_last_lr()[0])
+        if run.should_evaluate:
+            figures = evaluate(run, t2s, held_out_set, stop_token_id)
+            run.keep_best(figures, "semantic_cross_entropy_per_token", {"t2s": t2s})
+        if run.should_save:
+            run.save_state()
+        if run.is_done:
+            break
+    run.finish({"t2s": t2s})
+
+    if arguments.stage > 1 and run.is_main:
+        for folder in (run.folder, run.folder / "last"):
+            finished = IndexTTS2T2SForConditionalGeneration.from_pretrained(folder, subfolder="t2s")
+            stored = store_emotion_prototypes(finished.to(accelerator.device), train_set)
+            run.write_part(folder, "t2s", finished, finished.state_dict())
+        run.say(
+            f"Emotion weights know {', '.join(stored) or 'nothing new: no clip has one of the eight emotion names'}."
+        )
+
+
+if __name__ == "__main__":
+    run_program(main)
