@@ -16,6 +16,7 @@ from indextts2_hf.emotion import (
     EmotionTextModel,
     balance_emotion_weights,
     check_emotion_weights,
+    emotion_scores,
     read_emotion_answer,
     scale_emotion_weights,
 )
@@ -166,6 +167,22 @@ def test_parity_of_answers():
         assert read_emotion_answer(case["text"], case["answer"]) == case.get("weights", CALM), case
 
 
+def test_an_answer_of_scores_is_read_as_the_weights():
+    rng = np.random.default_rng(0)
+    for text in ("what a day", "I feel gloomy", "我很低落"):
+        for weights in rng.integers(0, 121, (20, 8)) / 100:
+            answer = json.dumps(emotion_scores(text, weights), ensure_ascii=False)
+            assert read_emotion_answer(text, answer) == weights.tolist()
+            assert json.loads(answer).keys() == dict.fromkeys(module.CHINESE_EMOTIONS).keys()
+    assert list(emotion_scores("x", {"happy": 0.666, "calm": 1}).items()) == [
+        *[("高兴", 0.67), ("愤怒", 0.0), ("悲伤", 0.0), ("恐惧", 0.0)],
+        *[("反感", 0.0), ("低落", 0.0), ("惊讶", 0.0), ("自然", 1.0)],
+    ]
+    assert emotion_scores("gloomy", {"sad": 0.7, "melancholic": 0.3})["悲伤"] == 0.3
+    with pytest.raises(ValueError, match="below 0.005: an answer of eight zeros is read as calm"):
+        emotion_scores("x", {"happy": 0.004})
+
+
 # --- the language model ------------------------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = (
@@ -250,6 +267,14 @@ def test_prompt_and_left_padding(emotion_text, monkeypatch):
     alone, batched = recorder.answers[2], recorder.answers[1]
     assert torch.equal(recorder.prompts[1], recorder.prompts[2])
     assert torch.equal(alone, batched[: len(alone)])
+
+
+def test_answers_as_they_are(emotion_text):
+    texts = ["what a day", "gloomy"]
+    answers = emotion_text.write_answers(texts, max_new_tokens=24)
+    expected = [read_emotion_answer(text, answer) for text, answer in zip(texts, answers, strict=True)]
+    torch.testing.assert_close(emotion_text(texts, max_new_tokens=24), torch.tensor(expected))
+    assert not any("<|im_end|>" in answer for answer in answers)
 
 
 def test_answers_are_taken_after_the_thoughts(emotion_text, monkeypatch):

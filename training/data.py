@@ -353,7 +353,10 @@ class EndlessBatchSampler(Sampler):
         return max(0, self.stop - self.start)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        num_steps = BUCKET_STEPS if self.lengths is not None else 1
+        num_steps = 1
+        if self.lengths is not None:
+            # Within one round of the rows, so that no batch holds a row twice.
+            num_steps = min(BUCKET_STEPS, max(1, self.num_rows // (self.batch_size * self.batches_per_step)))
         per_bucket = num_steps * self.batches_per_step
         number = self.start
         while number < self.stop:

@@ -180,6 +180,7 @@ class Run:
         accelerator (`Accelerator`): of this process.
         step (`int`): optimiser steps done.
         best (`float | None`): best figure so far.
+        evaluations_since_best (`int`): how many came after it, for programs that stop early.
 
     Raises:
         ValueError: there is no checkpoint, the folder holds a run already, or the resumed run had other options.
@@ -212,6 +213,7 @@ class Run:
             raise ValueError("--mixed_precision fp16 needs a GPU, but this run is on the CPU. Use bf16 or no.")
         self.step = 0
         self.best: float | None = None
+        self.evaluations_since_best = 0
         self._pending: dict[str, list[float]] = {}
         self._stop_signal: str | None = None
         self._stop_agreed = False
@@ -229,6 +231,7 @@ class Run:
             saved = json.loads((self._state / "run.json").read_text())
             self._check_options(saved["arguments"])
             self.step, self.best, self._pending = saved["step"], saved["best"], saved["pending"]
+            self.evaluations_since_best = saved["evaluations_since_best"]
         if self.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -469,6 +472,11 @@ class Run:
 
     # --- keeping -------------------------------------------------------------------------------------------------------
 
+    def log_evaluation(self, figures: dict[str, float]) -> None:
+        """An evaluation for the log, the trackers and people."""
+        self.log({f"eval/{key}": figure for key, figure in figures.items()})
+        self.say(f"step {self.step}: " + ", ".join(f"{key} {figure:.4g}" for key, figure in figures.items()))
+
     def keep_best(self, figures: dict[str, float], name: str, models: dict[str, nn.Module]) -> bool:
         """
         Logs an evaluation and, if `figures[name]` is the best so far, writes the models as parts of the run folder.
@@ -477,10 +485,10 @@ class Run:
             `bool`: whether it is the best.
         """
         value = figures[name]
-        self.log({f"eval/{key}": figure for key, figure in figures.items()})
-        self.say(f"step {self.step}: " + ", ".join(f"{key} {figure:.4g}" for key, figure in figures.items()))
+        self.log_evaluation(figures)
         is_first = self.best is None
         is_best = is_first or (value > self.best if self.higher_is_better else value < self.best)
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         if is_best and math.isfinite(value):
             self.best = value
             # At step 0 the folder holds these weights already.
@@ -547,6 +555,7 @@ class Run:
                 saved = {
                     "step": self.step,
                     "best": self.best,
+                    "evaluations_since_best": self.evaluations_since_best,
                     "pending": self._pending,
                     "arguments": jsonable(self.arguments),
                 }

@@ -173,7 +173,7 @@ def read_emotion_answer(text: str, answer: str) -> list[float]:
     except (ValueError, RecursionError):
         scores = {name: float(score) for name, score in SCORE_PATTERN.findall(answer)}
 
-    is_melancholic = any(word in text.lower() for word in MELANCHOLY_WORDS)
+    is_melancholic = _is_melancholic(text)
     if isinstance(scores, str) and not is_melancholic:
         scores = {LABEL_KEYS[0]: scores}
     elif not isinstance(scores, dict):
@@ -202,6 +202,41 @@ def read_emotion_answer(text: str, answer: str) -> list[float]:
     if not any(weights.values()):
         weights["calm"] = 1.0
     return list(weights.values())
+
+
+def emotion_scores(
+    text: str, emotion_weights: Sequence[float] | Mapping[str, float] | torch.Tensor
+) -> dict[str, float]:
+    r"""
+    The answer that [`read_emotion_answer`] reads as these weights, which is what a language model is taught to write about a
+    text: all eight scores in the order of `EMOTIONS`, under the Chinese names, in hundredths. As JSON it is the answer.
+
+    Args:
+        text (`str`):
+            What the language model is asked about. If it has a word such as "gloomy", the scores of sad and melancholic
+            stand swapped, because the reader swaps them.
+        emotion_weights (`Sequence[float]`, `Mapping[str, float]` or `torch.Tensor` of shape `(8,)`):
+            As in `check_emotion_weights`.
+
+    Returns:
+        `dict[str, float]`: score of each Chinese name.
+
+    Raises:
+        `ValueError`: all scores are 0, which is read as calm.
+    """
+    scores = [round(weight, 2) for weight in _read_weights(emotion_weights)]
+    if not any(scores):
+        raise ValueError(
+            "All eight `emotion_weights` are below 0.005: an answer of eight zeros is read as calm. Give calm a weight."
+        )
+    scores = dict(zip(CHINESE_EMOTIONS, scores, strict=True))
+    if _is_melancholic(text):
+        scores |= {"悲伤": scores["低落"], "低落": scores["悲伤"]}
+    return scores
+
+
+def _is_melancholic(text: str) -> bool:
+    return any(word in text.lower() for word in MELANCHOLY_WORDS)
 
 
 def _find_emotion(label: object) -> str | None:
@@ -296,7 +331,6 @@ class EmotionTextModel:
         self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
-    @torch.no_grad()
     def __call__(
         self, texts: str | list[str], seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS
     ) -> torch.Tensor:
@@ -319,20 +353,46 @@ class EmotionTextModel:
             to 1.2.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
+        answers = self.write_answers(texts, seed=seed, max_new_tokens=max_new_tokens)
+        return torch.tensor([read_emotion_answer(text, answer) for text, answer in zip(texts, answers, strict=True)])
+
+    def format_prompts(self, texts: list[str]) -> list[str]:
+        r"""
+        What the language model continues with its answer: the task, a text, the beginning of its turn without a thought.
+
+        Args:
+            texts (`list[str]`):
+                As in `__call__`.
+
+        Returns:
+            `list[str]`: a prompt for each, special tokens included.
+        """
         if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(
                 f"`texts` is {texts!r} but must be one or more texts that are not empty. Pass what to read."
             )
-
         messages = [
             [{"role": "system", "content": SYSTEM_MESSAGE}, {"role": "user", "content": text}] for text in texts
         ]
-        prompts = self.tokenizer.apply_chat_template(
+        return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
+
+    @torch.no_grad()
+    def write_answers(
+        self, texts: list[str], seed: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS
+    ) -> list[str]:
+        """
+        What the language model answers about each text, as it is, thoughts and special tokens left out. Arguments are those
+        of `__call__`.
+        """
         device = self.model.device
         inputs = self.tokenizer(
-            prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+            self.format_prompts(texts),
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
         ).to(device)
 
         with _seeded(seed, device):
@@ -345,11 +405,8 @@ class EmotionTextModel:
         think_end = self.tokenizer.convert_tokens_to_ids(THINK_END_TOKEN)
         if think_end is None or think_end == self.tokenizer.unk_token_id:
             think_end = THINK_END_TOKEN_ID
-        weights = []
-        for text, ids in zip(texts, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            answer = self.tokenizer.decode(_drop_thoughts(ids, think_end), skip_special_tokens=True)
-            weights.append(read_emotion_answer(text, answer))
-        return torch.tensor(weights)
+        new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self.tokenizer.decode(_drop_thoughts(ids, think_end), skip_special_tokens=True) for ids in new_ids]
 
 
 __all__ = [
@@ -357,6 +414,7 @@ __all__ = [
     "EmotionTextModel",
     "balance_emotion_weights",
     "check_emotion_weights",
+    "emotion_scores",
     "read_emotion_answer",
     "scale_emotion_weights",
 ]
