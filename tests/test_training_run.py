@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -104,9 +105,7 @@ def test_every_recipe_is_accepted_by_its_program():
     assert recipes
     for recipe in recipes:
         first_line = recipe.read_text().splitlines()[0]
-        program = next(
-            word.removesuffix(".py") for word in first_line.replace("/", " ").split() if word.endswith(".py")
-        )
+        program = re.search(r"(\w+)\.py", first_line).group(1)
         settings = yaml.safe_load(recipe.read_text())
         required = [f"--{name}=x" for name in ("model", "data", "output") if name not in settings]
         argv, sys.argv = sys.argv, [program, "--config", str(recipe), *required]

@@ -1,0 +1,495 @@
+"""
+Trains the semantic-to-mel network: flow matching with an L1 loss (paper, section 3.2), in one stage.
+
+    python training/train_s2m.py --model CHECKPOINT --data FEATURES --output RUN
+    accelerate launch training/train_s2m.py --config training/configs/s2m.yaml --model … --data … --output …
+
+`CHECKPOINT` is a folder or a Hub repository: released and converted, trained before, or new (`make_checkpoint.py`). `FEATURES` comes
+from `prepare_dataset.py`. `RUN` becomes a whole checkpoint: `indextts2 speak "Hello." --model RUN`.
+
+Each utterance is cut at random into a prompt and a target. The network sees the prompt's mel, the voice, what both parts say and
+the target's mel mixed with noise, and learns the way from the noise to the mel. In half of the draws, what the target says comes
+with the hidden states of the checkpoint's own text-to-semantic transformer: train that one first.
+
+The paper states the random cut, the three conditions, the 0.5 and the L1 loss. The released code states the uniform times and the
+0.1 of dropped conditions. Where utterances are cut, batch, rate, steps and schedule are ours.
+"""
+
+import argparse
+from collections import defaultdict
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import get_cosine_schedule_with_warmup
+
+from data import draw_generator, load_features
+from indextts2_hf import (
+    IndexTTS2FlowMatchScheduler,
+    IndexTTS2SemanticCodec,
+    IndexTTS2SemanticToMelTransformer,
+    IndexTTS2T2SForConditionalGeneration,
+)
+from indextts2_hf.modeling_s2m import IndexTTS2SemanticToMelOutput
+from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
+
+
+# How mels are generated in an evaluation: the released guidance; fewer steps than the released 25, for time.
+NUM_EVALUATION_STEPS = 10
+GUIDANCE_SCALE = 1.7
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--prompt_share",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        default=[0.1, 0.7],
+        help="how much of an utterance is the prompt (ours: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_frames",
+        type=positive_int,
+        default=2584,
+        help="mel frames of an utterance; longer ones are cropped at random (ours: %(default)s, 30 s)",
+    )
+    parser.add_argument(
+        "--t2s_hidden_states_probability",
+        type=float,
+        default=0.5,
+        help="how often the target comes with T2S hidden states; 0 loads no T2S (paper: %(default)s)",
+    )
+    parser.add_argument(
+        "--condition_dropout",
+        type=float,
+        default=0.1,
+        help="how often an utterance has no conditions, which guidance needs (released code: %(default)s)",
+    )
+    parser.add_argument(
+        "--num_generated",
+        type=positive_int,
+        default=4,
+        help="held-out utterances whose mel is generated in an evaluation (default: %(default)s)",
+    )
+    add_run_arguments(parser)
+    parser.set_defaults(batch_size=16, learning_rate=1e-4, max_train_steps=300_000)
+    arguments = parse_arguments(parser)
+    least, most = arguments.prompt_share
+    if not 0.0 < least <= most < 1.0:
+        parser.error(f"--prompt_share is {least} {most}, but needs two shares between 0 and 1, the lower one first")
+    if arguments.max_frames < 86:
+        parser.error(f"--max_frames is {arguments.max_frames}, but an utterance needs a second, which is 86 frames")
+    for name in ("t2s_hidden_states_probability", "condition_dropout"):
+        if not 0.0 <= getattr(arguments, name) <= 1.0:
+            parser.error(f"--{name} is {getattr(arguments, name)}, but a probability is a number from 0 to 1")
+    return arguments
+
+
+# --- data ----------------------------------------------------------------------------------------------------------------
+
+
+class FlowMatchingDataset(Dataset):
+    r"""
+    Utterances cut into a prompt and a target, each with its noise and its time.
+
+    Args:
+        features (`datasets.Dataset`): from `load_features`.
+        seed (`int`): of everything that is drawn.
+        mel_frames_per_token (`float`): that of the network; says at which frame a token begins.
+        max_frames (`int`): longer utterances are cropped to about that many mel frames.
+        prompt_share (`tuple[float, float]`): least and most share of the tokens that is the prompt.
+        hidden_states_probability (`float`): how often an example comes with the inputs of the T2S.
+        condition_dropout (`float`, defaults to 0.0): how often it has no conditions.
+        num_rows (`int`, *optional*): only so many utterances, spread evenly.
+    """
+
+    def __init__(
+        self,
+        features: datasets.Dataset,
+        seed: int,
+        mel_frames_per_token: float,
+        max_frames: int,
+        prompt_share: tuple[float, float],
+        hidden_states_probability: float,
+        condition_dropout: float = 0.0,
+        num_rows: int | None = None,
+    ):
+        self.seed = seed
+        self.mel_frames_per_token = mel_frames_per_token
+        self.max_tokens = int(max_frames / mel_frames_per_token)
+        self.prompt_share = prompt_share
+        self.hidden_states_probability = hidden_states_probability
+        self.condition_dropout = condition_dropout
+        # The features of a target are large and not needed; those of a voice are all that is.
+        self.utterances = features.select_columns(["input_ids", "semantic_ids", "mel", "speaker_embeds"])
+        self.voices = features.select_columns(["semantic_features"])
+        table = features.with_format(None).select_columns(["clip", "speaker", "num_semantic_tokens", "duration_s"])
+        self.clips, self.speakers, lengths, durations = (list(table[name]) for name in table.column_names)
+        self.rows_of_speaker: dict[str, list[int]] = defaultdict(list)
+        for row, speaker in enumerate(self.speakers):
+            self.rows_of_speaker[speaker].append(row)
+        num_rows = min(num_rows or len(lengths), len(lengths))
+        self.targets = [number * len(lengths) // num_rows for number in range(num_rows)]
+        self.lengths = [min(lengths[row], self.max_tokens) for row in self.targets]
+        self.duration_s = sum(
+            durations[row] * length / lengths[row] for row, length in zip(self.targets, self.lengths, strict=True)
+        )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """The example of a pair (index, number of the draw)."""
+        index, draw = key
+        rng = draw_generator(self.seed, draw)
+        row = self.targets[index]
+        utterance = self.utterances[row]
+        whole_ids = torch.as_tensor(utterance["semantic_ids"]).long()
+        mel = torch.as_tensor(utterance["mel"]).float()
+
+        # Everything is drawn whether it is used or not: one option does not change what another one does.
+        crop, share, timestep, no_conditions, with_states, voice = rng.random(6).tolist()
+
+        start = int(crop * (max(0, len(whole_ids) - self.max_tokens) + 1))
+        semantic_ids = whole_ids[start : start + self.max_tokens]
+        if len(semantic_ids) < len(whole_ids):
+            first_frame = int(start * self.mel_frames_per_token)
+            mel = mel[first_frame : first_frame + int(self.max_tokens * self.mel_frames_per_token)]
+        least, most = self.prompt_share
+        num_prompt_tokens = round((least + share * (most - least)) * len(semantic_ids))
+        num_prompt_tokens = min(max(num_prompt_tokens, 1), len(semantic_ids) - 1)
+        # All frames behind the prompt are the target's: the regulator learns how long speech really is.
+        num_prompt_frames = min(int(num_prompt_tokens * self.mel_frames_per_token), len(mel) - 1)
+
+        example = {
+            "id": self.clips[row],
+            "semantic_ids": semantic_ids,
+            "num_prompt_tokens": num_prompt_tokens,
+            "mel": mel,
+            "num_prompt_frames": num_prompt_frames,
+            "speaker_embeds": torch.as_tensor(utterance["speaker_embeds"]).float(),
+            "timestep": timestep,
+            "noise": torch.from_numpy(rng.standard_normal(tuple(mel.shape), dtype="float32")),
+            # For each row alone, so that it does not depend on its batch; the original drops a whole batch's.
+            "is_unconditional": no_conditions < self.condition_dropout,
+        }
+        if with_states < self.hidden_states_probability:
+            rows = self.rows_of_speaker[self.speakers[row]]
+            others = [other for other in rows if self.clips[other] != self.clips[row]] or [row]
+            features = self.voices[others[int(voice * len(others))]]["semantic_features"]
+            example["t2s"] = {
+                "start": start,
+                "input_ids": torch.as_tensor(utterance["input_ids"]).long(),
+                "semantic_ids": whole_ids,
+                "speaker_features": torch.as_tensor(features).float(),
+            }
+        return example
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows padded on the right, with zeros. What the T2S reads is under `t2s`, for the rows that have it alone."""
+    batch = {
+        "ids": [example["id"] for example in examples],
+        "semantic_lengths": torch.tensor([len(example["semantic_ids"]) for example in examples]),
+        "mel_lengths": torch.tensor([len(example["mel"]) for example in examples]),
+        "timestep": torch.tensor([example["timestep"] for example in examples], dtype=torch.float32),
+        "speaker_embeds": torch.stack([example["speaker_embeds"] for example in examples]),
+    }
+    for name in ("semantic_ids", "mel", "noise"):
+        batch[name] = pad_sequence([example[name] for example in examples], batch_first=True)
+    for name in ("num_prompt_tokens", "num_prompt_frames", "is_unconditional"):
+        batch[name] = torch.tensor([example[name] for example in examples])
+    rows = [row for row, example in enumerate(examples) if "t2s" in example]
+    if rows:
+        parts = [examples[row]["t2s"] for row in rows]
+        batch["t2s"] = {
+            "rows": rows,
+            "starts": [part["start"] for part in parts],
+            "attention_mask": pad_sequence([torch.ones_like(part["input_ids"]) for part in parts], batch_first=True),
+            "num_semantic_tokens": torch.tensor([len(part["semantic_ids"]) for part in parts]),
+            "speaker_feature_lengths": torch.tensor([len(part["speaker_features"]) for part in parts]),
+        }
+        for name in ("input_ids", "semantic_ids", "speaker_features"):
+            batch["t2s"][name] = pad_sequence([part[name] for part in parts], batch_first=True)
+    return batch
+
+
+# --- model ---------------------------------------------------------------------------------------------------------------
+
+
+class UtteranceVelocity(nn.Module):
+    """
+    From the tokens of prompt and target to the velocity, in one call: what the pipeline does in three (`add_hidden_states`,
+    `regulate_length`, `forward`). Processes share gradients only of what runs in the `forward` of the module that was prepared.
+    """
+
+    _no_split_modules = IndexTTS2SemanticToMelTransformer._no_split_modules  # for FSDP
+
+    def __init__(self, s2m: IndexTTS2SemanticToMelTransformer):
+        super().__init__()
+        self.s2m = s2m
+
+    def forward(
+        self,
+        semantic_embeds: torch.Tensor,
+        semantic_lengths: torch.LongTensor,
+        num_prompt_tokens: torch.LongTensor,
+        num_prompt_frames: torch.LongTensor,
+        mel_lengths: torch.LongTensor,
+        t2s_hidden_states: torch.Tensor | None,
+        has_hidden_states: torch.BoolTensor | None,
+        is_unconditional: torch.BoolTensor,
+        prompt_mel: torch.Tensor,
+        speaker_embeds: torch.Tensor,
+        **inputs: torch.Tensor,
+    ) -> IndexTTS2SemanticToMelOutput:
+        r"""
+        Args:
+            semantic_embeds (`torch.Tensor` of shape `(batch_size, num_semantic_tokens, semantic_size)`):
+                Codebook vectors of whole utterances.
+            semantic_lengths, num_prompt_tokens (`torch.LongTensor` of shape `(batch_size,)`):
+                Tokens of each row, and how many of them are the prompt.
+            mel_lengths, num_prompt_frames (`torch.LongTensor` of shape `(batch_size,)`):
+                Mel frames of each row, and how many of them are the prompt.
+            t2s_hidden_states (`torch.Tensor` of shape `(batch_size, num_semantic_tokens, t2s_hidden_size)` or `None`):
+                T2S states of the tokens.
+            has_hidden_states (`torch.BoolTensor` of shape `(batch_size, num_semantic_tokens)` or `None`):
+                To which tokens they are added.
+            is_unconditional (`torch.BoolTensor` of shape `(batch_size,)`):
+                Rows without prompt, content and voice.
+            prompt_mel, speaker_embeds, inputs:
+                As in the network's `forward`, as is what is returned.
+        """
+        if t2s_hidden_states is not None:
+            # In every row, so that the projection has a gradient in every process, if only zero.
+            with_states = self.s2m.add_hidden_states(semantic_embeds, t2s_hidden_states)
+            semantic_embeds = torch.where(has_hidden_states[..., None], with_states, semantic_embeds)
+
+        # Prompt and target are two utterances to the regulator, as in the pipeline.
+        counts = list(zip(num_prompt_tokens.tolist(), semantic_lengths.tolist(), strict=True))
+        parts = [row[:prompt] for row, (prompt, _) in zip(semantic_embeds, counts, strict=True)]
+        parts += [row[prompt:length] for row, (prompt, length) in zip(semantic_embeds, counts, strict=True)]
+        content = self.s2m.regulate_length(
+            pad_sequence(parts, batch_first=True),
+            torch.cat([num_prompt_tokens, semantic_lengths - num_prompt_tokens]),
+            torch.cat([num_prompt_frames, mel_lengths - num_prompt_frames]),
+        )
+        frames = zip(*content.chunk(2), num_prompt_frames.tolist(), mel_lengths.tolist(), strict=True)
+        rows = [torch.cat([said[:prompt], to_say[: length - prompt]]) for said, to_say, prompt, length in frames]
+        content_embeds = pad_sequence(rows, batch_first=True)
+
+        # Zeros where the sampler has them in guidance, before the content projection. The original trains with zeros behind
+        # it, but samples with zeros before it as well, so that it meets the projection's bias unprepared.
+        prompt_mel, content_embeds = (
+            condition.masked_fill(is_unconditional[:, None, None], 0.0) for condition in (prompt_mel, content_embeds)
+        )
+        speaker_embeds = speaker_embeds.masked_fill(is_unconditional[:, None], 0.0)
+        return self.s2m(
+            prompt_mel=prompt_mel,
+            content_embeds=content_embeds,
+            speaker_embeds=speaker_embeds,
+            mel_lengths=mel_lengths,
+            **inputs,
+        )
+
+
+@torch.no_grad()
+def compute_hidden_states(
+    t2s: IndexTTS2T2SForConditionalGeneration, batch: dict[str, Any]
+) -> tuple[torch.Tensor, torch.BoolTensor]:
+    """
+    T2S states of the tokens of a batch, read with their text and another clip's voice as if they had been generated, zero where
+    they are not asked for; and the target tokens to which they are added.
+    """
+    states = batch["mel"].new_zeros((*batch["semantic_ids"].shape, t2s.config.hidden_size))
+    is_used = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+    if "t2s" in batch:
+        inputs = dict(batch["t2s"])
+        rows, starts = inputs.pop("rows"), inputs.pop("starts")
+        output = t2s(
+            **inputs,
+            # Without an emotion reference, the voice's own recording is one.
+            emotion_features=inputs["speaker_features"],
+            emotion_feature_lengths=inputs["speaker_feature_lengths"],
+            use_cache=False,
+            logits_to_keep=1,  # only the states are wanted
+        )
+        whole_states = output.last_hidden_state[:, :-1].float()
+        lengths, num_prompt_tokens = batch["semantic_lengths"].tolist(), batch["num_prompt_tokens"].tolist()
+        for row, start, of_row in zip(rows, starts, whole_states, strict=True):
+            states[row, : lengths[row]] = of_row[start : start + lengths[row]]
+            is_used[row, num_prompt_tokens[row] : lengths[row]] = True
+    return states, is_used
+
+
+@torch.no_grad()
+def make_inputs(
+    batch: dict[str, Any],
+    codec: IndexTTS2SemanticCodec,
+    t2s: IndexTTS2T2SForConditionalGeneration | None,
+    accelerator: Accelerator,
+) -> dict[str, torch.Tensor | None]:
+    """Arguments of `UtteranceVelocity.forward` for a batch, velocity to learn and frames to learn it on included."""
+    steps = torch.arange(batch["mel"].shape[1], device=batch["mel"].device)
+    is_prompt = steps < batch["num_prompt_frames"][:, None]
+    is_target = ~is_prompt & (steps < batch["mel_lengths"][:, None])
+    sample = IndexTTS2FlowMatchScheduler().scale_noise(batch["mel"], batch["timestep"], batch["noise"])
+    states = has_states = None
+    if t2s is not None:
+        with accelerator.autocast():
+            states, has_states = compute_hidden_states(t2s, batch)
+    names = ["semantic_lengths", "num_prompt_tokens", "num_prompt_frames", "mel_lengths", "timestep", "speaker_embeds"]
+    return {
+        **{name: batch[name] for name in [*names, "is_unconditional"]},
+        "semantic_embeds": codec.embed(batch["semantic_ids"]),
+        "t2s_hidden_states": states,
+        "has_hidden_states": has_states,
+        "sample": sample.masked_fill(~is_target[..., None], 0.0),
+        "prompt_mel": batch["mel"].masked_fill(~is_prompt[..., None], 0.0),
+        "labels": batch["mel"] - batch["noise"],
+        "loss_mask": is_target,
+    }
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model: nn.Module, inputs: dict[str, torch.Tensor | None], noise: torch.Tensor) -> torch.Tensor:
+    """Mel `(batch_size, num_mel_frames, num_mel_bins)` from noise of that shape, zero on the prompt and behind the end."""
+    scheduler = IndexTTS2FlowMatchScheduler()
+    scheduler.set_timesteps(NUM_EVALUATION_STEPS, device=noise.device)
+    is_target = inputs["loss_mask"][..., None]
+    # Guidance: every row with its conditions, then every row without.
+    conditions = {name: value for name, value in inputs.items() if name not in ("sample", "timestep", "labels")}
+    conditions = {name: value if value is None else torch.cat([value, value]) for name, value in conditions.items()}
+    conditions["is_unconditional"] = torch.arange(2 * len(noise), device=noise.device) >= len(noise)
+    sample = noise.masked_fill(~is_target, 0.0)
+    for timestep in scheduler.timesteps:
+        output = model(sample=torch.cat([sample, sample]), timestep=timestep.expand(2 * len(noise)), **conditions)
+        conditional, unconditional = output.velocity.chunk(2)
+        velocity = GUIDANCE_SCALE * conditional - (GUIDANCE_SCALE - 1.0) * unconditional
+        sample = scheduler.step(velocity, timestep, sample).prev_sample.masked_fill(~is_target, 0.0)
+    return sample
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run,
+    model: nn.Module,
+    frozen: tuple[IndexTTS2SemanticCodec, IndexTTS2T2SForConditionalGeneration | None],
+    held_out_set: FlowMatchingDataset,
+    generated_set: FlowMatchingDataset,
+) -> dict[str, float]:
+    """
+    Figures of the held-out split, both L1 distances per mel bin: of the velocity, and of mels that are generated from the true
+    tokens. Cuts, times, noise and voices are the same every time.
+    """
+    model.eval()
+    velocities, mels = [], []
+    for batch, count in run.evaluation_batches(held_out_set, collate):
+        output = model(**make_inputs(batch, *frozen, run.accelerator))
+        velocities.append(({"velocity_l1_per_bin": output.loss}, count))
+    for batch, count in run.evaluation_batches(generated_set, collate):
+        inputs = make_inputs(batch, *frozen, run.accelerator)
+        distance = (generate(model, inputs, batch["noise"]) - batch["mel"]).abs().mean(dim=-1)
+        of_rows = (distance * inputs["loss_mask"]).sum(dim=1) / inputs["loss_mask"].sum(dim=1)
+        mels.append(({"mel_l1_per_bin": of_rows.mean()}, count))
+    model.train()
+    return run.mean_over_rows(velocities) | run.mean_over_rows(mels)
+
+
+def main() -> None:
+    arguments = parse()
+    run = Run(arguments, parts=("s2m",))
+    accelerator = run.accelerator
+
+    # Model
+    s2m = IndexTTS2SemanticToMelTransformer.from_pretrained(run.base, subfolder="s2m", dtype=torch.float32)
+    codec = IndexTTS2SemanticCodec.from_pretrained(run.base, subfolder="semantic_codec", dtype=torch.float32)
+    codec.eval().requires_grad_(False).to(accelerator.device)
+    t2s = None
+    if arguments.t2s_hidden_states_probability > 0:
+        t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(run.base, subfolder="t2s", dtype=torch.float32)
+        t2s.eval().requires_grad_(False).to(accelerator.device)
+    else:
+        # It is never used: weight decay would still change it.
+        s2m.t2s_projection.requires_grad_(False)
+    sizes = [("semantic_codec.feature_size", codec.config.feature_size, "s2m.semantic_size", s2m.config.semantic_size)]
+    if t2s is not None:
+        sizes.append(("t2s.hidden_size", t2s.config.hidden_size, "s2m.t2s_hidden_size", s2m.config.t2s_hidden_size))
+    for name, size, other_name, other_size in sizes:
+        if size != other_size:
+            raise ValueError(
+                f"The parts of {run.base} do not fit: `{name}` is {size} but `{other_name}` is {other_size}. Make or convert them together."
+            )
+    if arguments.gradient_checkpointing:
+        s2m.enable_gradient_checkpointing()
+    model = UtteranceVelocity(s2m).train()
+
+    # Data
+    settings = (arguments.seed, s2m.config.mel_frames_per_token, arguments.max_frames, arguments.prompt_share)
+    probability = arguments.t2s_hidden_states_probability
+    train_features, held_out_features = (
+        load_features(arguments.data, split, run.base) for split in ("train", "validation")
+    )
+    train_set = FlowMatchingDataset(train_features, *settings, probability, arguments.condition_dropout)
+    held_out_set = FlowMatchingDataset(held_out_features, *settings, probability)
+    # As in inference: with hidden states always, if ever.
+    generated_set = FlowMatchingDataset(
+        held_out_features, *settings, float(probability > 0), num_rows=arguments.num_generated
+    )
+    loader = run.make_loader(train_set, collate, train_set.lengths)
+
+    # Optimiser
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.max_train_steps)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    run.restore()
+    s2m = accelerator.unwrap_model(model).s2m
+
+    rows_per_step = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    run.say(
+        f"{num_parameters:,} trainable parameters; {train_set.duration_s / 3600:.2f} h of speech in {len(train_set)} rows; "
+        f"{train_set.duration_s / len(train_set) * rows_per_step:.0f} s of speech a step"
+    )
+
+    # Loop
+    sets = (held_out_set, generated_set)
+    if run.step == 0:
+        run.keep_best(evaluate(run, model, (codec, t2s), *sets), "velocity_l1_per_bin", {"s2m": s2m})
+    for batch in run.batches(loader):
+        with accelerator.accumulate(model):
+            loss = model(**make_inputs(batch, codec, t2s, accelerator)).loss
+            run.check_loss(loss, batch["ids"])
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                run.clip_gradients(model.parameters())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        run.record({"velocity_l1_per_bin": loss})
+        if not accelerator.sync_gradients:
+            continue
+        run.advance(scheduler.get_last_lr()[0])
+        if run.should_evaluate:
+            run.keep_best(evaluate(run, model, (codec, t2s), *sets), "velocity_l1_per_bin", {"s2m": s2m})
+        if run.should_save:
+            run.save_state()
+        if run.is_done:
+            break
+    run.finish({"s2m": s2m})
+
+
+if __name__ == "__main__":
+    run_program(main)
