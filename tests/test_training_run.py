@@ -4,10 +4,12 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +116,24 @@ def test_every_recipe_is_accepted_by_its_program():
         finally:
             sys.argv = argv
         assert all(name in vars(arguments) for name in settings)
+
+
+def test_every_command_of_the_readme_is_understood(monkeypatch, tmp_path):
+    """By the program that it names; recipes are found where it is called, in the top folder."""
+    import importlib
+
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```bash\n(.*?)```", (TRAINING / "README.md").read_text(), flags=re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if "training/" in line]
+    assert len(commands) > 12
+    for command in commands:
+        words = shlex.split(command)
+        place = next(
+            index for index, word in enumerate(words) if word.startswith("training/") and word.endswith(".py")
+        )
+        program = Path(words[place]).stem
+        monkeypatch.setattr(sys, "argv", words[place:])
+        assert importlib.import_module(program).parse(), command
 
 
 # --- the run folder ------------------------------------------------------------------------------------------------------

@@ -158,7 +158,11 @@ def run_program(main: Callable[[], None]) -> None:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("INDEXTTS2_TRACEBACK"):
             raise
-        sys.exit(f"{Path(sys.argv[0]).stem}: error: {error}")
+        text = str(error)
+        if text.startswith("Caught "):
+            # By a loading process of the data loader, which hands on its whole traceback.
+            text = text.rstrip().splitlines()[-1].partition(": ")[2]
+        sys.exit(f"{Path(sys.argv[0]).stem}: error: {text}")
 
 
 class Run:
@@ -364,6 +368,7 @@ class Run:
             desc=self.folder.name,
             unit="step",
             disable=not self.is_main,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # seconds; a log file is not a screen
             dynamic_ncols=True,
         )
         with self._progress:

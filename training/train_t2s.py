@@ -231,7 +231,7 @@ def main() -> None:
         )
     for batch in run.batches(loader):
         ids, speaker_numbers = batch.pop("ids"), batch.pop("speaker_numbers")
-        with accelerator.accumulate(t2s):
+        with accelerator.accumulate(*([t2s] if classifier is None else [t2s, classifier])):
             output = t2s(**batch, use_cache=False)
             loss = output.loss
             figures = {

@@ -229,7 +229,7 @@ def spoken_segments(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) ->
 
 
 def find_checkpoint(model: str | None) -> Path:
-    """The folder of a checkpoint: the embedded one for `None`, a folder itself, else downloaded from the Hub."""
+    """The folder of a checkpoint or an adapter: the embedded one for `None`, a folder itself, else downloaded from the Hub."""
     if model is None:
         folder = embedded_checkpoint()
     elif os.path.isdir(model):
@@ -241,6 +241,8 @@ def find_checkpoint(model: str | None) -> Path:
             raise ValueError(
                 f"There is no folder '{model}', and no such repository could be had from the Hub ({first_line(error)})."
             ) from error
+    if is_adapter(folder):
+        return folder
     for name in ("config.json", "model_index.json"):
         if not (folder / name).is_file():
             raise ValueError(
@@ -253,8 +255,12 @@ def find_checkpoint(model: str | None) -> Path:
     return folder
 
 
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
 def load_pipeline(args: argparse.Namespace) -> IndexTTS2TextToAudioPipeline:
-    """The pipeline of the asked checkpoint on the asked device."""
+    """The pipeline of the asked checkpoint, or of an adapter on its base, on the asked device."""
     device = choose_device(args.device)
     folder = find_checkpoint(args.model)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -263,7 +269,8 @@ def load_pipeline(args: argparse.Namespace) -> IndexTTS2TextToAudioPipeline:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"The checkpoint '{folder}' is damaged or incomplete: {first_line(error)}") from error
+        problem = "adapter '{}' cannot be used" if is_adapter(folder) else "checkpoint '{}' is damaged or incomplete"
+        raise ValueError(f"The {problem.format(folder)}: {first_line(error)}") from error
     return pipe
 
 
@@ -283,6 +290,9 @@ def choose_device(name: str | None) -> torch.device:
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
     """What a checkpoint folder holds, from its settings and the headers of its weight files."""
     folder = find_checkpoint(str(folder))
+    if is_adapter(folder):
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(f"'{folder}' is an adapter of '{base}': ask about that.")
     config, index = read_json(folder / "config.json"), read_json(folder / "model_index.json")
     card = read_card(folder)
     t2s = IndexTTS2T2SConfig.from_pretrained(folder, subfolder="t2s")

@@ -215,6 +215,29 @@ def check_weights(part: torch.nn.Module, folder: str, shapes: dict[str, tuple[in
         )
 
 
+def read_adapter_base(folder: str) -> dict[str, str] | None:
+    """
+    Name and revision of the base of an adapter folder, as arguments of `from_pretrained`; `None` if it is no adapter's.
+
+    Raises:
+        ValueError: the adapter names no base.
+    """
+    path = os.path.join(folder, "adapter_config.json")
+    if os.path.isfile(os.path.join(folder, "config.json")) or not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        settings = json.load(file)
+    if not settings.get("base_model_name_or_path"):
+        raise ValueError(
+            f"The adapter {folder!r} does not say what its base is: write `base_model_name_or_path` into its "
+            "adapter_config.json, or load the base and use `model.t2s.load_adapter`."
+        )
+    return {
+        "pretrained_model_name_or_path": settings["base_model_name_or_path"],
+        "revision": settings.get("revision") or "main",
+    }
+
+
 class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
     r"""
     Text-to-speech with a voice, an emotion and a length. Usually made by `from_pretrained`.
@@ -332,7 +355,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> "IndexTTS2ForTextToWaveform":
         r"""
-        A model from its checkpoint folder or Hub repository.
+        A model from its checkpoint folder or Hub repository, or from those of an adapter, which name its base.
 
         Args:
             pretrained_model_name_or_path (`str`): folder or repository id.
@@ -347,7 +370,8 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: an argument that this model does not take, such as `device_map`.
-            ValueError: a file of weights is damaged, or does not fit the configuration beside it.
+            ValueError: a file of weights is damaged, or does not fit the configuration beside it; an adapter's base is not
+                there, or is another one.
         """
         unknown = [name for name in kwargs if name not in _AUTO_CLASS_NAMES and not name.startswith("_")]
         if unknown:
@@ -357,15 +381,34 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             )
         from .pipeline_s2m import IndexTTS2SemanticToMelPipeline, VoicePrompt
 
+        download = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
         folder = str(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
-            folder = snapshot_download(
-                folder,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-                revision=revision,
+            folder = snapshot_download(folder, revision=revision, **download)
+        base = read_adapter_base(folder)
+        if base is not None:
+            name = base["pretrained_model_name_or_path"]
+            try:
+                if not os.path.isdir(name):
+                    snapshot_download(name, revision=base["revision"], **download)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"The adapter {folder!r} is for the base {name!r}, which is no folder here and could not be had from the Hub "
+                    f"({str(error).splitlines()[0]}). Put the base there, or correct `base_model_name_or_path` in its "
+                    "adapter_config.json."
+                ) from error
+            return cls.from_pretrained(
+                **base,
+                **(download | {"force_download": False}),
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                adapter_kwargs={"_adapter_model_path": folder},
             )
         check_settings_files(folder)
         if config is None:
@@ -413,7 +456,15 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         """
         Writes the checkpoint folder that both transformers and diffusers read. `kwargs` (for example `max_shard_size`) go
         to the text-to-semantic transformer.
+
+        Raises:
+            ValueError: there are adapters on that transformer, which would be saved in its place.
         """
+        if self.t2s._hf_peft_config_loaded:
+            raise ValueError(
+                f"The text-to-semantic transformer has the adapters {list(self.t2s.peft_config)}, which would be saved in its "
+                "place. Save an adapter with `model.t2s.save_pretrained`; its base is saved already."
+            )
         os.makedirs(save_directory, exist_ok=True)
         self.config.architectures = [type(self).__name__]
         if self._auto_class is not None:

@@ -8,12 +8,15 @@ chosen is in `generation_t2s.py`.
 Source: IndexTTS2 paper (arXiv 2506.21619), section 3.1.
 """
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -23,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, find_adapter_config_file, is_peft_available
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -33,6 +36,21 @@ from .generation_t2s import IndexTTS2GenerationConfig, IndexTTS2GenerationMixin,
 
 # The linear layers that a LoRA adapter of this model should target.
 LORA_TARGET_MODULES = ["c_attn", "c_proj", "c_fc"]
+
+# What an adapter must have like the one whose place it takes.
+_ALIKE_IN_A_SWAP = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+)
+
+# Weights of each projection that a fingerprint looks at.
+_FINGERPRINT_SAMPLES = 256
 
 # Fixed in every IndexTTS2 checkpoint.
 _CONFORMER_KERNEL_SIZE = 15
@@ -90,6 +108,30 @@ def mean_cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torch
     """
     losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=-100, reduction="none")
     return (losses.sum(dim=1) / (targets != -100).sum(dim=1)).mean()
+
+
+def _read_adapter_settings(
+    peft_model_id: str | None = None,
+    peft_config: Any = None,
+    adapter_kwargs: dict[str, Any] | None = None,
+    local_files_only: bool = False,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """The configuration of an adapter, from the arguments of `load_adapter`; empty if there is none."""
+    if peft_config is not None:
+        return peft_config.to_dict()
+    download = {**({"local_files_only": True} if local_files_only else {}), **(adapter_kwargs or {})}
+    path = find_adapter_config_file(peft_model_id, **download)
+    if path is None:
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings of an adapter that a swap keeps."""
+    values = {name: settings.get(name) for name in _ALIKE_IN_A_SWAP}
+    return {name: sorted(value) if isinstance(value, list | set) else value for name, value in values.items()}
 
 
 class ConvSubsampling(nn.Module):
@@ -493,6 +535,97 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.semantic_head = new_embeddings
+
+    @property
+    def fingerprint(self) -> str:
+        """
+        The trunk's sizes and a hash of the signs of samples of its weights, by which an adapter knows its base. The same in
+        every dtype, on every device, and with adapters on it.
+        """
+        signs = []
+        for module in self.model.modules():
+            # The trunk's projections are of this class. An adapter wraps them, and brings others.
+            if isinstance(module, Conv1D):
+                weights = module.weight.detach().flatten()
+                index = (
+                    torch.arange(_FINGERPRINT_SAMPLES, device=weights.device) * len(weights) // _FINGERPRINT_SAMPLES
+                )
+                signs.append(weights[index] < 0)
+        digest = hashlib.sha256(torch.stack(signs).cpu().numpy().tobytes()).hexdigest()
+        return f"{self.config.num_hidden_layers}x{self.config.hidden_size}-{digest[:16]}"
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """As in transformers; the adapter's configuration then also says which weights it belongs to."""
+        super().add_adapter(adapter_config, adapter_name)
+        # The one field of a PEFT configuration that takes keys of our own.
+        adapter_config.auto_mapping = {
+            "base_model_class": type(self).__name__,
+            "parent_library": type(self).__module__,
+            "base_fingerprint": self.fingerprint,
+        }
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+        r"""
+        An adapter from its folder or Hub repository, as in transformers, where one that does not fit makes a warning at most.
+
+        Args:
+            peft_model_id (`str`, *optional*): folder or repository.
+            adapter_name (`str`, *optional*): what to call it, `"default"` by default.
+            kwargs:
+                The other arguments of transformers. `hotswap=True` puts the weights in the place of those of the adapter
+                `adapter_name`.
+
+        Returns:
+            What transformers returns: a report of the weights.
+
+        Raises:
+            ImportError: PEFT is not installed.
+            ValueError: the adapter was made for another base, is damaged, or differs in its settings from the one whose place
+                it takes. Nothing of it is kept, and the adapters beside it stay as they were.
+        """
+        if not is_peft_available():
+            raise ImportError("An adapter needs PEFT, which is not installed: `pip install peft`.")
+        adapter_name = adapter_name or "default"
+        label = adapter_name if peft_model_id is None else str(peft_model_id)
+        settings = _read_adapter_settings(peft_model_id, **kwargs)
+        base = settings.get("base_model_name_or_path") or "another base"
+        fingerprint = (settings.get("auto_mapping") or {}).get("base_fingerprint")
+        if fingerprint not in (None, self.fingerprint):
+            raise ValueError(
+                f"The adapter {label!r} was made for {base!r} (weights {fingerprint}), but {self.name_or_path!r} (weights "
+                f"{self.fingerprint}) is loaded. Load that base, or train the adapter again on this one."
+            )
+
+        adapters = dict(getattr(self, "peft_config", {}))
+        active = self.active_adapters() if adapters else []
+        hotswap = kwargs.get("hotswap", "auto")
+        if adapter_name in adapters and (getattr(self, "_hotswap_enabled", False) if hotswap == "auto" else hotswap):
+            # transformers takes over the weights alone: another alpha would go unnoticed.
+            theirs, ours = (_comparable(values) for values in (settings, adapters[adapter_name].to_dict()))
+            different = [f"{name} {theirs[name]} (now {ours[name]})" for name in ours if theirs[name] != ours[name]]
+            if different:
+                raise ValueError(
+                    f"The adapter {label!r} cannot take the place of {adapter_name!r}, from which it differs in "
+                    f"{', '.join(different)}. Load it under a name of its own, and choose with `set_adapter`."
+                )
+        try:
+            report = super().load_adapter(peft_model_id, adapter_name, **kwargs)
+            wrong = {*report.unexpected_keys}
+            wrong |= {key for key in report.missing_keys if f".{adapter_name}." in key and ".lora_" in key}
+            if wrong:
+                raise RuntimeError(f"{min(wrong)!r} is in one of the two alone")
+        except Exception as error:
+            if adapter_name not in adapters and adapter_name in getattr(self, "peft_config", {}):
+                self.delete_adapter(adapter_name)
+                if active:
+                    self.set_adapter(active)
+            if not isinstance(error, RuntimeError | SafetensorError):
+                raise
+            raise ValueError(
+                f"The adapter {label!r}, made for {base!r}, is damaged or does not fit {self.name_or_path!r}, which is "
+                f"loaded ({str(error).splitlines()[0]}). Load its base, or get it again."
+            ) from error
+        return report
 
     def encode_speaker(
         self, speaker_features: torch.Tensor, speaker_feature_lengths: torch.LongTensor | None = None

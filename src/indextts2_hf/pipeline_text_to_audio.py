@@ -53,14 +53,18 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         **kwargs: Any,
     ) -> "IndexTTS2TextToAudioPipeline":
         """
-        The pipeline of a checkpoint, by default of the small one that comes with the package; `kwargs` go to
-        [`IndexTTS2ForTextToWaveform.from_pretrained`].
+        The pipeline of a checkpoint or of an adapter, by default of the small checkpoint that comes with the package; `kwargs` go
+        to [`IndexTTS2ForTextToWaveform.from_pretrained`].
         """
         if pretrained_model_name_or_path is None:
             pretrained_model_name_or_path = embedded_checkpoint()
         model = IndexTTS2ForTextToWaveform.from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub_arguments = {name: kwargs[name] for name in _HUB_NAMES if name in kwargs}
-        processor = IndexTTS2Processor.from_pretrained(pretrained_model_name_or_path, **hub_arguments)
+        checkpoint = model.config.name_or_path
+        if checkpoint != str(pretrained_model_name_or_path):
+            # An adapter was asked for, and so was its revision; everything else is its base's.
+            hub_arguments.pop("revision", None)
+        processor = IndexTTS2Processor.from_pretrained(checkpoint, **hub_arguments)
         pipeline = cls(model=model, processor=processor, tokenizer=processor.tokenizer, device=device)
         pipeline._hub_arguments = hub_arguments
         return pipeline
