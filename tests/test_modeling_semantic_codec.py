@@ -38,11 +38,12 @@ def test_shapes(codec, features):
     assert output.semantic_ids.dtype == torch.long
     assert output.semantic_embeds.shape == features.shape
     assert output.reconstruction.shape == features.shape
+    assert output.latents.shape == (3, 21, TINY["codebook_dim"])
     assert output.loss.shape == ()
     assert codec.embed(output.semantic_ids).shape == features.shape
     assert codec.decode(output.semantic_ids).shape == features.shape
     encoded = codec.encode(features)
-    assert encoded.reconstruction is None and encoded.loss is None
+    assert encoded.reconstruction is None and encoded.latents is None and encoded.loss is None
 
 
 def test_tuples_hold_the_same_values(codec, features):
@@ -115,9 +116,9 @@ def test_a_row_of_a_padded_batch_is_the_row_alone(codec, features, mask):
         assert padded[mask == 0].abs().max() == 0
 
 
-def test_the_loss_is_the_mean_over_real_frames(codec, features, mask):
-    losses = [codec(features[row : row + 1, :n]).loss * n for row, n in enumerate(mask.sum(dim=1).tolist())]
-    torch.testing.assert_close(codec(features, mask).loss, sum(losses) / mask.sum())
+def test_the_loss_is_the_mean_over_rows_of_the_mean_over_real_frames(codec, features, mask):
+    losses = [codec(features[row : row + 1, :n]).loss for row, n in enumerate(mask.sum(dim=1).tolist())]
+    torch.testing.assert_close(codec(features, mask).loss, sum(losses) / len(losses))
     torch.testing.assert_close(codec(features, torch.ones_like(mask)).loss, codec(features).loss)
 
 
@@ -126,6 +127,22 @@ def test_gradients_reach_every_parameter(codec, features, mask):
     codec(features, mask).loss.backward()
     for name, parameter in codec.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_gradient_checkpointing_changes_nothing(codec, features, mask):
+    gradients = []
+    for _ in range(2):
+        codec.train().zero_grad()
+        codec(features, mask).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in codec.named_parameters()})
+        codec.enable_gradient_checkpointing()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_the_latents_are_what_the_ids_were_chosen_for(codec, features):
+    output = codec(features)
+    assert torch.equal(codec.quantizer.nearest(output.latents), output.semantic_ids)
 
 
 def test_the_gradient_of_the_reconstruction_passes_the_quantiser(codec, features):

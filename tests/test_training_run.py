@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,6 +260,12 @@ def test_faults_that_are_found_at_once(options, tiny_checkpoint, tiny_features, 
     assert (
         "were made with text_vocab_size 1000, but" in said and "Prepare the data again with this checkpoint." in said
     )
+    other_sizes = tmp_path / "other_sizes"
+    shutil.copytree(tiny_checkpoint, other_sizes)
+    settings = json.loads((other_sizes / "t2s/config.json").read_text()) | {"num_hidden_layers": 3}
+    (other_sizes / "t2s/config.json").write_text(json.dumps(settings))
+    said = run_to_error("train_t2s", "--output", out, *options, "--model", other_sizes)
+    assert "do not fit the `config.json` beside them" in said and "is missing" in said
     empty = tmp_path / "empty"
     (empty / "train").mkdir(parents=True)
     (empty / "features.json").write_text((tiny_features / "features.json").read_text())

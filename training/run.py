@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,27 +23,18 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, gather_object, send_to_device, set_seed
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from checkpoint import PARTS_OF_A_VOICE, copy_checkpoint, link_other_parts, remake_voices, write_part
 from data import EndlessBatchSampler
-from indextts2_hf import IndexTTS2ForTextToWaveform
 from indextts2_hf.hub import write_model_card
 
 
-PART_NAMES = ("t2s", "s2m", "scheduler", "semantic_encoder", "semantic_codec", "speaker_encoder", "vocoder")
-OTHER_FOLDERS = ("feature_extractor", "emotion_text", "tokenizer", "voices")
-# What a saved voice depends on: training one of these makes the voices anew.
-PARTS_OF_A_VOICE = {"semantic_encoder", "semantic_codec", "speaker_encoder", "s2m"}
-# Written by a run beside the checkpoint; not part of it.
-OWN_FILES = ("README.md", "log.jsonl", "run.json")
 # What may be changed from one half of a run to the other without changing its numbers.
 FREE_ON_RESUME = {
     "config",
@@ -301,15 +291,7 @@ class Run:
             raise ValueError(
                 f"--output is --model ({base}): training would overwrite what it starts from. Name another folder."
             )
-        files = [path for path in base.iterdir() if path.is_file() and path.name not in OWN_FILES]
-        for name in PART_NAMES + OTHER_FOLDERS:
-            files += [path for path in (base / name).rglob("*") if path.is_file()]
-        for path in files:
-            target = self.folder / path.relative_to(base)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.tmp")
-            shutil.copyfile(path, temporary)
-            os.replace(temporary, target)
+        copy_checkpoint(base, self.folder)
 
     def _cut_log(self) -> None:
         """Leaves out of the log what comes after the state that the run continues from."""
@@ -511,41 +493,11 @@ class Run:
             weights = self.accelerator.get_state_dict(model) if is_module else None
             if self.is_main:
                 part = self.accelerator.unwrap_model(model) if is_module else model
-                self.write_part(folder, name, part, weights)
+                write_part(folder, name, part, weights)
                 if PARTS_OF_A_VOICE & set(self.parts):
                     # They were made with the part that is replaced; `finish` makes them anew.
                     shutil.rmtree(folder / "voices", ignore_errors=True)
             self.accelerator.wait_for_everyone()
-
-    def write_part(
-        self,
-        folder: Path,
-        name: str,
-        part: nn.Module | Callable[[Path], None],
-        weights: dict[str, torch.Tensor] | None,
-    ) -> None:
-        """One part of a checkpoint folder, each file in one go: whatever happens, a file is the old or the new one."""
-        temporary = folder / f".{name}.tmp"
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            if not isinstance(part, nn.Module):
-                part(temporary)
-            elif isinstance(part, PreTrainedModel):
-                part.save_pretrained(temporary, state_dict=weights)
-            else:
-                part.save_config(temporary)
-                weights = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
-                save_file(weights, temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-            (folder / name).mkdir(exist_ok=True)
-            for path in sorted(temporary.iterdir()):
-                os.replace(path, folder / name / path.name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise OSError(
-                f"{folder / name} could not be written: {error}. The files that were there are whole; make room, then "
-                "--resume."
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def save_state(self) -> None:
         """What `--resume` needs, in the place of the state before it."""
@@ -591,55 +543,18 @@ class Run:
             )
             if self.is_checkpoint:
                 write_model_card(self.folder, name=self.folder.name)
-                self._link_into(last)
+                link_other_parts(self.folder, last, self.parts)
             if PARTS_OF_A_VOICE & set(self.parts):
                 for folder in (self.folder, last):
-                    self._remake_voices(folder)
+                    gone = remake_voices(self.base, folder, self.parts)
+                if gone:
+                    self.say(f"The voices {', '.join(gone)} are gone: make them again with `indextts2 voice`.")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if self._stop_agreed:
             self.say(f"Stopped by {self._stop_signal or 'a signal'} at step {self.step}: add --resume to continue.")
         else:
             self.say(f"{self.folder}: step {self.step}, best {self.best}.")
-
-    def _link_into(self, last: Path) -> None:
-        """Makes `last` a whole checkpoint: what was not trained is that of the run folder."""
-        names = [path.name for path in self.folder.iterdir() if path.is_file() and path.name not in OWN_FILES]
-        names += [name for name in PART_NAMES + OTHER_FOLDERS if (self.folder / name).is_dir()]
-        for name in names:
-            if name not in self.parts and not (name == "voices" and PARTS_OF_A_VOICE & set(self.parts)):
-                (last / name).unlink(missing_ok=True)
-                (last / name).symlink_to(Path("..") / name)
-
-    def _remake_voices(self, folder: Path) -> None:
-        """The base's voices as the trained parts hear them. What a speaker encoder hears is in the recordings alone."""
-        base = IndexTTS2ForTextToWaveform.from_pretrained(self.base)
-        model = IndexTTS2ForTextToWaveform.from_pretrained(folder)
-        if {"semantic_encoder", "speaker_encoder"} & set(self.parts):
-            if base.voices:
-                self.say(f"The voices {', '.join(base.voices)} are gone: make them again with `indextts2 voice`.")
-                model.config.default_voice = None
-                model.config.save_pretrained(folder)
-            return
-        pipeline, codec = model.semantic_to_mel, model.semantic_codec
-        old_codec = base.semantic_codec
-        (folder / "voices").mkdir(exist_ok=True)
-        for name, voice in base.voices.items():
-            speaker_features, emotion_features = (
-                codec.normalize(features * old_codec.feature_variance.sqrt() + old_codec.feature_mean)
-                for features in (voice.speaker_features, voice.emotion_features)
-            )
-            with torch.no_grad():
-                content_embeds = model.s2m.regulate_length(
-                    codec.encode(speaker_features[None]).semantic_embeds, None, torch.tensor([len(voice.prompt_mel)])
-                )
-            replace(
-                voice,
-                speaker_features=speaker_features,
-                emotion_features=emotion_features,
-                content_embeds=content_embeds[0],
-                checkpoint=pipeline.fingerprint,
-            ).save(folder / "voices" / f"{name}.safetensors")
 
 
 def jsonable(arguments: argparse.Namespace) -> dict[str, Any]:

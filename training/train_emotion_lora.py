@@ -34,6 +34,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LogitsProcessorList, get_cosine_schedule_with_warmup
 
+from checkpoint import load_part
 from data import T2SDataset, collate_t2s, load_features
 from indextts2_hf import IndexTTS2T2SForConditionalGeneration
 from indextts2_hf.generation_t2s import SeededSamplingLogitsProcessor
@@ -313,9 +314,8 @@ def main() -> None:
         if arguments.dropout is None
         else dict.fromkeys(["attn_pdrop", "resid_pdrop", "embd_pdrop"], arguments.dropout)
     )
-    t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(
-        run.base, subfolder="t2s", dtype=BASE_DTYPES[arguments.mixed_precision], **dropout
-    )
+    dtype = BASE_DTYPES[arguments.mixed_precision]
+    t2s = load_part(IndexTTS2T2SForConditionalGeneration, run.base, "t2s", dtype, **dropout)
     # The adapter names its base by this: as it was given, not by a folder of the cache.
     t2s.name_or_path = arguments.model
     t2s.add_adapter(

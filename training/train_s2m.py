@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import get_cosine_schedule_with_warmup
 
+from checkpoint import load_part
 from data import draw_generator, load_features
 from indextts2_hf import (
     IndexTTS2FlowMatchScheduler,
@@ -413,12 +414,12 @@ def main() -> None:
     accelerator = run.accelerator
 
     # Model
-    s2m = IndexTTS2SemanticToMelTransformer.from_pretrained(run.base, subfolder="s2m", dtype=torch.float32)
-    codec = IndexTTS2SemanticCodec.from_pretrained(run.base, subfolder="semantic_codec", dtype=torch.float32)
+    s2m = load_part(IndexTTS2SemanticToMelTransformer, run.base, "s2m")
+    codec = load_part(IndexTTS2SemanticCodec, run.base, "semantic_codec")
     codec.eval().requires_grad_(False).to(accelerator.device)
     t2s = None
     if arguments.t2s_hidden_states_probability > 0:
-        t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(run.base, subfolder="t2s", dtype=torch.float32)
+        t2s = load_part(IndexTTS2T2SForConditionalGeneration, run.base, "t2s")
         t2s.eval().requires_grad_(False).to(accelerator.device)
     else:
         # It is never used: weight decay would still change it.

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from checkpoint import load_part, write_part
 from data import T2SDataset, collate_t2s, load_features
 from indextts2_hf import IndexTTS2T2SForConditionalGeneration
 from indextts2_hf.emotion import EMOTIONS
@@ -182,9 +183,7 @@ def main() -> None:
         if arguments.dropout is None
         else dict.fromkeys(["attn_pdrop", "resid_pdrop", "embd_pdrop"], arguments.dropout)
     )
-    t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(
-        run.base, subfolder="t2s", dtype=torch.float32, **dropout
-    )
+    t2s = load_part(IndexTTS2T2SForConditionalGeneration, run.base, "t2s", **dropout)
     if not t2s.config.use_length_row:
         run.say(
             "This checkpoint has no length row (a released one): the length is not told, and stays to the token count rule."
@@ -267,7 +266,7 @@ def main() -> None:
         for folder in (run.folder, run.folder / "last"):
             finished = IndexTTS2T2SForConditionalGeneration.from_pretrained(folder, subfolder="t2s")
             stored = store_emotion_prototypes(finished.to(accelerator.device), train_set)
-            run.write_part(folder, "t2s", finished, finished.state_dict())
+            write_part(folder, "t2s", finished)
         run.say(
             f"Emotion weights know {', '.join(stored) or 'nothing new: no clip has one of the eight emotion names'}."
         )

@@ -37,6 +37,8 @@ class IndexTTS2SemanticCodecOutput(BaseOutput):
             Codebook vectors of these ids, projected to the width of the features.
         reconstruction (`torch.Tensor` of shape `(batch_size, num_frames, feature_size)`, *optional*):
             What the decoder makes of them; only from `forward`.
+        latents (`torch.Tensor` of shape `(batch_size, num_frames, codebook_dim)`, *optional*):
+            What the quantiser chose the ids for; only from `forward`.
         loss (`torch.Tensor` of shape `()`, *optional*):
             Training objective; only from `forward`.
     """
@@ -44,6 +46,7 @@ class IndexTTS2SemanticCodecOutput(BaseOutput):
     semantic_ids: torch.LongTensor
     semantic_embeds: torch.Tensor
     reconstruction: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
     loss: torch.Tensor | None = None
 
 
@@ -57,11 +60,12 @@ def zero_masked(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
 def masked_squared_error(
     prediction: torch.Tensor, target: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    r"""Mean squared error over the frames where `attention_mask` is not 0."""
-    error = (prediction - target).square().mean(dim=-1)
+    r"""Mean over rows of the mean squared error of each row's frames, where `attention_mask` is not 0."""
+    error = (prediction.float() - target.float()).square().mean(dim=-1)
     if attention_mask is None:
         return error.mean()
-    return error.masked_fill(attention_mask == 0, 0.0).sum() / (attention_mask != 0).sum()
+    mask = attention_mask != 0
+    return (error.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1)).mean()
 
 
 class ConvNeXtBlock(nn.Module):
@@ -97,12 +101,16 @@ class ConvNeXtStack(nn.Module):
         )
         self.norm_out = nn.LayerNorm(hidden_size, eps=LAYER_NORM_EPS)
         self.linear_out = nn.Linear(hidden_size, feature_size)
+        self.gradient_checkpointing = False
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         hidden_states = zero_masked(hidden_states, attention_mask)
         hidden_states = self.norm_in(self.conv_in(hidden_states.transpose(1, 2)).transpose(1, 2))
         for block in self.blocks:
-            hidden_states = block(hidden_states, attention_mask)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, attention_mask)
+            else:
+                hidden_states = block(hidden_states, attention_mask)
         return self.linear_out(self.norm_out(hidden_states))
 
 
@@ -152,6 +160,7 @@ class IndexTTS2SemanticCodec(ModelMixin, ConfigMixin):
         hidden states, used by `normalize`. Zero and one until a checkpoint or a training program sets them.
     """
 
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["ConvNeXtBlock", "VectorQuantizer"]
     _repeated_blocks = ["ConvNeXtBlock"]
 
@@ -207,7 +216,7 @@ class IndexTTS2SemanticCodec(ModelMixin, ConfigMixin):
                 Whether to return an [`IndexTTS2SemanticCodecOutput`] or a plain tuple.
 
         Returns:
-            [`IndexTTS2SemanticCodecOutput`] without `reconstruction` and `loss`, or `tuple`. Embeddings of padding are
+            [`IndexTTS2SemanticCodecOutput`] without `reconstruction`, `latents` and `loss`, or `tuple`. Embeddings of padding are
             zero.
 
         Raises:
@@ -257,19 +266,22 @@ class IndexTTS2SemanticCodec(ModelMixin, ConfigMixin):
         semantic_features: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> IndexTTS2SemanticCodecOutput | tuple[torch.LongTensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> (
+        IndexTTS2SemanticCodecOutput | tuple[torch.LongTensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    ):
         r"""
         Encodes, decodes, and says how well that went.
 
         The loss is the squared error of the reconstruction, plus that between latents and codebook rows, once pulling the
-        rows (weight 1) and once the latents (weight 0.15). The reconstruction's gradient passes the quantiser as if it
-        were not there (straight-through), so it reaches the encoder.
+        rows (weight 1) and once the latents (weight 0.15). Each is a mean over rows of the row's mean over its own
+        frames, so that long rows count as much as short ones. The reconstruction's gradient passes the quantiser as if
+        it were not there (straight-through), so it reaches the encoder.
 
         Args:
             semantic_features (`torch.Tensor` of shape `(batch_size, num_frames, feature_size)`):
                 Result of [`~IndexTTS2SemanticCodec.normalize`].
             attention_mask (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*):
-                1 for frames, 0 for padding, which the loss leaves out.
+                1 for frames, 0 for padding, which the loss leaves out. Every row needs a frame.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`IndexTTS2SemanticCodecOutput`] or a plain tuple.
 
@@ -291,9 +303,13 @@ class IndexTTS2SemanticCodec(ModelMixin, ConfigMixin):
             + COMMITMENT_WEIGHT * masked_squared_error(latents, rows.detach(), attention_mask)
         )
         if not return_dict:
-            return (semantic_ids, semantic_embeds, reconstruction, loss)
+            return (semantic_ids, semantic_embeds, reconstruction, latents, loss)
         return IndexTTS2SemanticCodecOutput(
-            semantic_ids=semantic_ids, semantic_embeds=semantic_embeds, reconstruction=reconstruction, loss=loss
+            semantic_ids=semantic_ids,
+            semantic_embeds=semantic_embeds,
+            reconstruction=reconstruction,
+            latents=latents,
+            loss=loss,
         )
 
     def _latents(self, semantic_features: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -75,12 +75,16 @@ class FrequencyHead(nn.Module):
         self.blocks = nn.ModuleList([FrequencyResidualBlock(stride) for stride in (2, 1, 2, 1)])
         self.conv_out = nn.Conv2d(HEAD_CHANNELS, HEAD_CHANNELS, 3, stride=(2, 1), padding=1, bias=False)
         self.norm_out = nn.BatchNorm2d(HEAD_CHANNELS)
+        self.gradient_checkpointing = False
 
     def forward(self, fbank: torch.Tensor) -> torch.Tensor:
         hidden_states = fbank.transpose(1, 2).unsqueeze(1)
         hidden_states = F.relu(self.norm_in(self.conv_in(hidden_states)))
         for block in self.blocks:
-            hidden_states = block(hidden_states)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            else:
+                hidden_states = block(hidden_states)
         hidden_states = F.relu(self.norm_out(self.conv_out(hidden_states)))
         return hidden_states.flatten(1, 2)
 
@@ -138,10 +142,14 @@ class DenseBlock(nn.Module):
         self.out_channels = channels // 2
         self.norm = nn.BatchNorm1d(channels)
         self.conv = nn.Conv1d(channels, self.out_channels, 1, bias=False)
+        self.gradient_checkpointing = False
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            hidden_states = layer(hidden_states)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(layer, hidden_states)
+            else:
+                hidden_states = layer(hidden_states)
         return self.conv(F.relu(self.norm(hidden_states)))
 
 
@@ -167,6 +175,7 @@ class IndexTTS2SpeakerEncoder(ModelMixin, ConfigMixin):
             Dense layers of each of the three blocks.
     """
 
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["FrequencyHead", "DenseBlock"]
 
     @register_to_config

@@ -1,0 +1,403 @@
+"""
+Shows that the programs of this folder learn, not only run: each overfits 16 real clips at tiny sizes, and the figures that
+come out are held against what is wanted. Takes an hour or two on two CPU cores.
+
+    python training/check_learning.py --data AUDIO_FOLDER --output WORK_FOLDER            # everything, in order
+    python training/check_learning.py --data AUDIO_FOLDER --output WORK_FOLDER t2s        # one stage again
+
+`AUDIO_FOLDER` is in the audiofolder layout and has the clips named in CLIPS, or others with `--clips`. A stage whose run folder is
+complete is not trained again; one that was interrupted is resumed. `WORK_FOLDER/results.json` holds the figures, `results.md` the table.
+
+The "held-out" split of these runs is the training clips themselves: overfitting is what is measured here.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from transformers.audio_utils import mel_filter_bank
+
+from data import T2SDataset, load_features, read_manifest
+from indextts2_hf import (
+    IndexTTS2FlowMatchScheduler,
+    IndexTTS2ForTextToWaveform,
+    IndexTTS2T2SForConditionalGeneration,
+    IndexTTS2Vocoder,
+)
+from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
+
+
+HERE = Path(__file__).parent
+# Sixteen short clips of three readers with true transcripts.
+CLIPS = {"ls27": 8, "ls26": 4, "ljspeech": 4}
+# Speeds at which the targets are prepared, so that a text is heard at many lengths: 0.74 to 1.4, each 2.4 % above the last.
+SPEEDS = tuple(round(1.024**power, 4) for power in range(-13, 15))
+LENGTH_FACTORS = (0.75, 0.875, 1.0, 1.125, 1.25)
+SLOW_SPEED = 0.8
+GRIFFIN_LIM_ROUNDS = 60
+
+# The options of each run; the learning rates and steps are for these sizes and 16 clips.
+RUNS = {
+    "semantic_codec": ["--max_train_steps", 1500, "--batch_size", 8, "--learning_rate", 6e-3, "--eval_steps", 250],
+    "t2s": ["--max_train_steps", 1200, "--batch_size", 16, "--learning_rate", 1e-3, "--eval_steps", 200],
+    "s2m": ["--max_train_steps", 3000, "--batch_size", 8, "--learning_rate", 1e-3, "--eval_steps", 500],
+    "vocoder": ["--max_train_steps", 4000, "--batch_size", 8, "--learning_rate", 1e-3, "--eval_steps", 500],
+    "emotion": ["--max_train_steps", 300, "--batch_size", 16, "--learning_rate", 3e-4, "--eval_steps", 100],
+    "emotion_lora": ["--max_train_steps", 300, "--batch_size", 16, "--learning_rate", 2e-3, "--eval_steps", 50],
+}
+
+
+# --- clips and programs --------------------------------------------------------------------------------------------------
+
+
+def choose_clips(source: str, output: Path) -> None:
+    """Copies the shortest clips of each reader, as they are and slowed, into folders whose two splits are the same."""
+    chosen = []
+    for speaker, count in CLIPS.items():
+        clips = [clip for clip in read_manifest(source) if clip.speaker == speaker and clip.split != "validation"]
+        chosen += sorted(clips, key=lambda clip: soundfile.info(clip.audio).duration)[:count]
+    for name, speed in (("clips", 1.0), ("slow", SLOW_SPEED)):
+        for split in ("train", "validation"):
+            folder = output / name / split
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(["file_name", "text", "speaker"])
+                for clip in chosen:
+                    waveform, rate = load_audio(clip.audio)
+                    if speed != 1.0:
+                        waveform = resample_soxr(waveform, round(rate * speed), rate)
+                    file_name = f"{Path(clip.audio).stem}.wav"
+                    soundfile.write(folder / file_name, waveform, rate)
+                    table.writerow([file_name, clip.text, clip.speaker])
+
+
+def call(program: str, *options: Any) -> None:
+    subprocess.run([sys.executable, str(HERE / f"{program}.py"), *map(str, options)], check=True)
+
+
+def train(work: Path, program: str, name: str, model: str, data: str, *options: Any) -> float:
+    """Trains `work/name` from `work/model` on `work/data`; gives the minutes it took, 0 if it was there."""
+    out, start = work / name, time.monotonic()
+    done = json.loads((out / "run.json").read_text())["step"] if (out / "run.json").is_file() else 0
+    if done < RUNS[name][1] and not (out / "adapter_config.json").is_file():
+        common = ["--warmup_steps", 50, "--log_steps", 50, "--save_steps", 250, "--num_workers", 0, "--resume"]
+        files = ["--model", work / model, "--data", work / data, "--output", out]
+        call(program, *files, *common, *RUNS[name], *options)
+    return (time.monotonic() - start) / 60
+
+
+def prepare(work: Path, name: str, clips: str, model: str, speeds: tuple[float, ...]) -> None:
+    if not (work / name / "features.json").is_file():
+        options = ["--model", work / model, "--output", work / name, "--speeds", *speeds, "--num_workers", 2]
+        call("prepare_dataset", work / clips, *options)
+
+
+def evaluations(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if any(name.startswith("eval/") for name in row)]
+
+
+# --- stages --------------------------------------------------------------------------------------------------------------
+
+
+def check_codec(work: Path) -> dict[str, Any]:
+    prepare(work, "features_untrained", "clips", "checkpoint", (1.0,))
+    minutes = train(work, "train_semantic_codec", "semantic_codec", "checkpoint", "features_untrained")
+    best = max(evaluations(work / "semantic_codec"), key=lambda row: row["eval/explained_variance"])
+    return {
+        "explained variance of the features (wanted: 0.8)": best["eval/explained_variance"],
+        "share of the codebook in use (wanted: 0.6)": best["eval/codebook_use"],
+        "minutes": minutes,
+    }
+
+
+@torch.no_grad()
+def free_tokens(
+    t2s: IndexTTS2T2SForConditionalGeneration, dataset: T2SDataset, row: int, count: int | None
+) -> torch.LongTensor:
+    """Greedy tokens of a clip's text with another clip as the prompt; the count is told, not enforced."""
+    target = dataset.features[row]
+    prompt = next(
+        other
+        for other in dataset.rows_of_speaker[dataset.speakers[row]]
+        if dataset.clips[other] != dataset.clips[row] and dataset.features[other]["speed"] == 1.0
+    )
+    features = torch.tensor(dataset.features[prompt]["semantic_features"]).float()[None]
+    inputs_embeds, attention_mask = t2s.prepare_prefix(
+        torch.tensor(target["input_ids"])[None],
+        speaker_latents=t2s.encode_speaker(features),
+        emotion_embeds=t2s.encode_emotion(features),
+        num_semantic_tokens=count,
+    )
+    tokens = t2s.generate(
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=2 * int(target["num_semantic_tokens"]) + 50,
+    )[0]
+    is_stop = tokens == t2s.config.semantic_stop_token_id
+    return tokens[: int(is_stop.int().argmax())] if is_stop.any() else tokens
+
+
+def check_t2s(work: Path) -> dict[str, Any]:
+    prepare(work, "features", "clips", "semantic_codec", SPEEDS)
+    minutes = train(work, "train_t2s", "t2s", "semantic_codec", "features", "--stage", 1, "--dropout", 0)
+    t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(work / "t2s", subfolder="t2s").eval()
+    dataset = T2SDataset(load_features(work / "features", "validation"), seed=0)
+    equal, total, errors = 0, 0, {factor: [] for factor in LENGTH_FACTORS}
+    for row in range(len(dataset.features)):
+        truth = torch.tensor(dataset.features[row]["semantic_ids"])
+        tokens = free_tokens(t2s, dataset, row, len(truth))
+        shared = min(len(tokens), len(truth))
+        equal += int((tokens[:shared] == truth[:shared]).sum())
+        total += max(len(tokens), len(truth))
+        for factor in LENGTH_FACTORS:
+            asked = round(factor * len(truth))
+            errors[factor].append(abs(len(free_tokens(t2s, dataset, row, asked)) - asked) / asked)
+    return {
+        "semantic tokens reproduced greedily, % (wanted: 95)": 100 * equal / total,
+        **{
+            f"token count error at {factor} x the true count, %, mean / worst (wanted: 5)": [
+                100 * float(np.mean(values)),
+                100 * max(values),
+            ]
+            for factor, values in errors.items()
+        },
+        "minutes": minutes,
+    }
+
+
+def check_emotion(work: Path) -> dict[str, Any]:
+    """Stage 2 with and without the reversed speaker term: what a new classifier finds in the emotion vectors afterwards."""
+    figures = {}
+    for name, weight in (("emotion", 0.1), ("emotion_without_term", 0.0)):
+        RUNS[name] = RUNS["emotion"]
+        minutes = train(
+            work, "train_t2s", name, "t2s", "features", "--stage", 2, "--dropout", 0, "--speaker_loss_weight", weight
+        )
+        last = evaluations(work / name)[-1]
+        rows = [json.loads(line) for line in (work / name / "log.jsonl").read_text().splitlines()]
+        accuracy = [row["train/speaker_accuracy"] for row in rows if "train/speaker_accuracy" in row][-1]
+        figures[f"speaker accuracy on the emotion vector, weight {weight}"] = accuracy
+        figures[f"semantic cross-entropy per token, weight {weight}"] = last["eval/semantic_cross_entropy_per_token"]
+        figures["minutes"] = minutes
+    dataset = T2SDataset(load_features(work / "features", "train"), seed=0)
+    counts = torch.bincount(torch.tensor([dataset.speaker_numbers[speaker] for speaker in dataset.speakers]))
+    figures["chance (share of the most frequent speaker)"] = float(counts.max() / counts.sum())
+    return figures
+
+
+@torch.no_grad()
+def generated_mel_l1(work: Path, name: str) -> float:
+    """Mean distance of generated mels to the true ones, each clip's first third being the prompt."""
+    model = IndexTTS2ForTextToWaveform.from_pretrained(work / name)
+    features = load_features(work / "features_codec", "validation")
+    distances = []
+    for row in features:
+        ids = torch.tensor(row["semantic_ids"])[None]
+        mel = torch.tensor(row["mel"]).float()[None]
+        num_tokens = ids.shape[1] // 3
+        num_frames = int(num_tokens * model.s2m.config.mel_frames_per_token)
+        pieces = [
+            model.s2m.regulate_length(model.semantic_codec.embed(part), None, torch.tensor([frames]))
+            for part, frames in (
+                (ids[:, :num_tokens], num_frames),
+                (ids[:, num_tokens:], mel.shape[1] - num_frames),
+            )
+        ]
+        content_embeds = torch.cat(pieces, dim=1)
+        prompt_mel = mel.clone()
+        prompt_mel[:, num_frames:] = 0
+        speaker_embeds = torch.tensor(row["speaker_embeds"]).float()[None]
+        scheduler = IndexTTS2FlowMatchScheduler()
+        scheduler.set_timesteps(25)
+        sample = torch.randn(mel.shape, generator=torch.Generator().manual_seed(0))
+        sample[:, :num_frames] = 0
+        conditions = [
+            torch.cat([tensor, torch.zeros_like(tensor)]) for tensor in (prompt_mel, content_embeds, speaker_embeds)
+        ]
+        for timestep in scheduler.timesteps:
+            velocity = model.s2m(torch.cat([sample, sample]), timestep.expand(2), *conditions).velocity
+            velocity = 1.7 * velocity[:1] - 0.7 * velocity[1:]
+            sample = scheduler.step(velocity, timestep, sample).prev_sample
+            sample[:, :num_frames] = 0
+        distances.append(float((sample - mel)[:, num_frames:].abs().mean()))
+    return float(np.mean(distances))
+
+
+def check_s2m(work: Path) -> dict[str, Any]:
+    prepare(work, "features_codec", "clips", "semantic_codec", (1.0,))
+    minutes = train(work, "train_s2m", "s2m", "semantic_codec", "features_codec")
+    untrained, trained = generated_mel_l1(work, "semantic_codec"), generated_mel_l1(work, "s2m")
+    return {
+        "mel L1 per bin, untrained": untrained,
+        "mel L1 per bin, trained": trained,
+        "ratio (wanted: below 0.333)": trained / untrained,
+        "minutes": minutes,
+    }
+
+
+def griffin_lim(mel: torch.Tensor, extractor: Any) -> np.ndarray:
+    """Waveform of `(num_frames, num_mel_bins)` by Griffin and Lim's algorithm, over the pseudo-inverse of the mel filters."""
+    n_fft, hop_length = extractor.n_fft, extractor.hop_length
+    filters = mel_filter_bank(
+        num_frequency_bins=n_fft // 2 + 1,
+        num_mel_filters=extractor.num_mel_bins,
+        min_frequency=extractor.mel_fmin,
+        max_frequency=extractor.mel_fmax or extractor.sampling_rate / 2,
+        sampling_rate=extractor.sampling_rate,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    magnitude = (torch.from_numpy(np.linalg.pinv(filters.T)).float() @ mel.exp().T).clamp(min=0)
+    window = torch.hann_window(extractor.win_length)
+    generator = torch.Generator().manual_seed(0)
+    phase = torch.polar(torch.ones_like(magnitude), 2 * torch.pi * torch.rand(magnitude.shape, generator=generator))
+    length = mel.shape[0] * hop_length
+    for _ in range(GRIFFIN_LIM_ROUNDS):
+        waveform = torch.istft(magnitude * phase, n_fft, hop_length, window=window, length=length)
+        spectrum = torch.stft(waveform, n_fft, hop_length, window=window, return_complex=True)[:, : magnitude.shape[1]]
+        phase = spectrum / spectrum.abs().clamp(min=1e-8)
+    return waveform.numpy()
+
+
+def distill_mos(waveforms: list[np.ndarray], sampling_rate: int) -> float | None:
+    """Mean DistillMOS, 1 to 5; `None` where the package distillmos is not installed."""
+    sys.modules.setdefault("torchaudio", types.ModuleType("torchaudio"))  # imported there, not used for arrays
+    try:
+        from distillmos import ConvTransformerSQAModel
+    except ImportError:
+        return None
+    predictor = ConvTransformerSQAModel().eval()
+    scores = []
+    with torch.no_grad():
+        for waveform in waveforms:
+            waveform = resample_soxr(np.float32(0.9 * waveform / np.abs(waveform).max()), sampling_rate, 16000)
+            scores.append(float(predictor(torch.tensor(waveform)[None])))
+    return float(np.mean(scores))
+
+
+@torch.no_grad()
+def check_vocoder(work: Path) -> dict[str, Any]:
+    minutes = train(work, "train_vocoder", "vocoder", "checkpoint", "clips")
+    model = IndexTTS2ForTextToWaveform.from_pretrained(work / "checkpoint")
+    extractor = model.feature_extractor
+    trained = IndexTTS2Vocoder.from_pretrained(work / "vocoder", subfolder="vocoder").eval()
+    rate = extractor.sampling_rate
+    settings = {
+        name: getattr(extractor, name)
+        for name in ("sampling_rate", "num_mel_bins", "n_fft", "win_length", "hop_length", "mel_fmin", "mel_fmax")
+    }
+    waveforms = {"recordings": [], "untrained": [], "trained": [], "Griffin-Lim": []}
+    distances = {"untrained": [], "trained": [], "Griffin-Lim": []}
+    for clip in read_manifest(work / "clips"):
+        if clip.split == "validation":
+            continue
+        recording = resample_soxr(*load_audio(clip.audio), rate)
+        mel = log_mel(torch.tensor(recording), **settings)
+        made = {
+            "untrained": model.vocoder(mel[None]).waveform[0].numpy(),
+            "trained": trained(mel[None]).waveform[0].numpy(),
+            "Griffin-Lim": griffin_lim(mel, extractor),
+        }
+        waveforms["recordings"].append(recording)
+        for name, waveform in made.items():
+            waveforms[name].append(waveform)
+            again = log_mel(torch.tensor(waveform), **settings)[: len(mel)]
+            distances[name].append(float((again - mel[: len(again)]).abs().mean()))
+    distances = {name: float(np.mean(values)) for name, values in distances.items()}
+    return {
+        **{f"mel L1 per bin, {name}": value for name, value in distances.items()},
+        "ratio (wanted: at most 0.25)": distances["trained"] / distances["untrained"],
+        **{f"DistillMOS, {name}": distill_mos(values, rate) for name, values in waveforms.items()},
+        "minutes": minutes,
+    }
+
+
+@torch.no_grad()
+def check_lora(work: Path) -> dict[str, Any]:
+    """An adapter for a slow manner of speaking: how long the model speaks when the length is free."""
+    prepare(work, "features_slow", "slow", "t2s", (1.0,))
+    minutes = train(work, "train_emotion_lora", "emotion_lora", "t2s", "features_slow")
+    t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(work / "t2s", subfolder="t2s").eval()
+    dataset = T2SDataset(load_features(work / "features", "validation"), seed=0)
+    rows = range(len(dataset.features))
+    before = [free_tokens(t2s, dataset, row, None) for row in rows]
+    t2s.load_adapter(str(work / "emotion_lora"), adapter_name="slow")
+    slow = [free_tokens(t2s, dataset, row, None) for row in rows]
+    t2s.disable_adapters()
+    disabled = [free_tokens(t2s, dataset, row, None) for row in rows]
+    truth = [len(dataset.features[row]["semantic_ids"]) for row in rows]
+    ratios = [sum(map(len, tokens)) / sum(truth) for tokens in (before, slow, disabled)]
+    return {
+        "tokens of a free length / true count: base": ratios[0],
+        "with the adapter (wanted: towards 1.25)": ratios[1],
+        "with the adapter disabled": ratios[2],
+        "disabled equals base, token by token": all(map(torch.equal, before, disabled)),
+        "minutes": minutes,
+    }
+
+
+STAGES = {
+    "semantic_codec": check_codec,
+    "t2s": check_t2s,
+    "emotion": check_emotion,
+    "s2m": check_s2m,
+    "vocoder": check_vocoder,
+    "emotion_lora": check_lora,
+}
+
+
+def show(value: Any) -> str:
+    if isinstance(value, list):
+        return " / ".join(map(show, value))
+    return f"{value:.3g}" if isinstance(value, float) else "not measured" if value is None else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (default: all)")
+    parser.add_argument("--data", required=True, help="folder of recordings")
+    parser.add_argument("--output", required=True, type=Path, help="where everything is written")
+    parser.add_argument(
+        "--sizes", type=Path, default=HERE / "configs" / "tiny_sizes.yaml", help="(default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    unknown = set(arguments.stages) - set(STAGES)
+    if unknown:
+        parser.error(f"no stage {', '.join(sorted(unknown))}: choose of {', '.join(STAGES)}")
+    work = arguments.output
+    if not (work / "clips").is_dir():
+        choose_clips(arguments.data, work)
+    if not (work / "checkpoint" / "config.json").is_file():
+        tokenizer = HERE.parent / "src" / "indextts2_hf" / "embedded"
+        call("make_checkpoint", "--sizes", arguments.sizes, "--tokenizer", tokenizer, "--output", work / "checkpoint")
+    results_file = work / "results.json"
+    results = json.loads(results_file.read_text()) if results_file.is_file() else {}
+    for name in arguments.stages or STAGES:
+        figures = STAGES[name](work)
+        if not figures["minutes"] and name in results:
+            figures["minutes"] = results[name]["minutes"]
+        results[name] = figures
+        results_file.write_text(json.dumps(results, indent=2))
+        lines = ["| stage | figure | |", "|---|---|---|"]
+        lines += [
+            f"| {stage} | {key} | {show(value)} |" for stage, table in results.items() for key, value in table.items()
+        ]
+        (work / "results.md").write_text("\n".join(lines) + "\n")
+        sys.stdout.write(f"{name}: {json.dumps(figures, indent=2)}\n")
+
+
+if __name__ == "__main__":
+    main()
