@@ -91,6 +91,20 @@ def test_half_precision_weights_do_not_confuse_neighbours(codec):
     assert torch.equal(codec.quantizer.nearest(rows[None]), torch.arange(TINY["codebook_size"])[None])
 
 
+def test_autocast_does_not_confuse_neighbours(codec):
+    latents = torch.randn(4, 500, TINY["codebook_dim"])
+    expected = codec.quantizer.nearest(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.quantizer.nearest(latents), expected)
+
+
+def test_an_output_is_built_anew_from_a_dictionary(codec, features):
+    # As Accelerate does under mixed precision.
+    output = codec(features)
+    again = type(output)(dict(output))
+    assert again.loss is output.loss and again.latents is output.latents
+
+
 def test_normalize_uses_the_statistics(codec):
     hidden_states = torch.randn(2, 400, TINY["feature_size"]) * 3 + 5
     torch.testing.assert_close(codec.normalize(hidden_states), hidden_states)

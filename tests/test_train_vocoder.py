@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -262,7 +263,7 @@ def test_a_loss_that_is_no_number_names_the_clips(options, tmp_path):
     out = tmp_path / "run"
     options += ["--learning_rate", 1e30, "--eval_steps", 1, "--discriminator_start_step", 0]
     said = run_to_error("train_vocoder", "--output", out, *options)
-    assert "loss is nan at step 2, in the batch of speaker" in said
+    assert re.search(r"loss is (nan|inf) at step \d, in the batch of speaker", said), said
     assert all(bool(tensor.isfinite().all()) for tensor in load_vocoder(out).state_dict().values())
 
 

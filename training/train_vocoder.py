@@ -21,7 +21,6 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from prepare_dataset import choose_splits
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,6 +32,7 @@ from transformers import get_cosine_schedule_with_warmup
 from data import Clip, draw_generator, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2Vocoder
 from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
+from prepare_dataset import choose_splits
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
 
 

@@ -43,8 +43,9 @@ class IndexTTS2SemanticCodecOutput(BaseOutput):
             Training objective; only from `forward`.
     """
 
-    semantic_ids: torch.LongTensor
-    semantic_embeds: torch.Tensor
+    # All have a default because Accelerate, under mixed precision, builds the output anew from a dictionary.
+    semantic_ids: torch.LongTensor | None = None
+    semantic_embeds: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
     latents: torch.Tensor | None = None
     loss: torch.Tensor | None = None
@@ -129,11 +130,13 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, latents: torch.Tensor) -> torch.LongTensor:
         r"""Row indices `(batch_size, num_frames)` for latents `(batch_size, num_frames, codebook_dim)`."""
-        # In float32 whatever the weights are: neighbouring rows look equal in half precision.
-        directions = F.normalize(latents.float(), dim=-1)
-        rows = F.normalize(self.codebook.weight.float(), dim=-1)
-        # Parity: the lengths are 1 but for rounding, and are added as the original adds them so that ties fall alike.
-        distances = directions.square().sum(dim=-1, keepdim=True) - 2 * directions @ rows.T + rows.square().sum(dim=-1)
+        # In float32 whatever the weights are, also under autocast: neighbouring rows look equal in half precision.
+        with torch.autocast(latents.device.type, enabled=False):
+            directions = F.normalize(latents.float(), dim=-1)
+            rows = F.normalize(self.codebook.weight.float(), dim=-1)
+            # Parity: the lengths are 1 but for rounding, and are added as the original adds them so that ties fall alike.
+            lengths, row_lengths = directions.square().sum(dim=-1, keepdim=True), rows.square().sum(dim=-1)
+            distances = lengths - 2 * directions @ rows.T + row_lengths
         return distances.argmin(dim=-1)
 
 
