@@ -47,7 +47,7 @@ GRIFFIN_LIM_ROUNDS = 60
 
 # The options of each run; the learning rates and steps are for these sizes and 16 clips.
 RUNS = {
-    "semantic_codec": ["--max_train_steps", 1500, "--batch_size", 8, "--learning_rate", 6e-3, "--eval_steps", 250],
+    "semantic_codec": ["--max_train_steps", 3000, "--batch_size", 8, "--learning_rate", 3e-3, "--eval_steps", 500],
     "t2s": ["--max_train_steps", 1200, "--batch_size", 16, "--learning_rate", 1e-3, "--eval_steps", 200],
     "s2m": ["--max_train_steps", 3000, "--batch_size", 8, "--learning_rate", 1e-3, "--eval_steps", 500],
     "vocoder": ["--max_train_steps", 4000, "--batch_size", 8, "--learning_rate", 1e-3, "--eval_steps", 500],
