@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import get_cosine_schedule_with_warmup
 
+from checkpoint import load_part
 from data import Clip, draw_generator, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2Vocoder
 from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
@@ -426,7 +427,7 @@ def main() -> None:
     run = Run(arguments, parts=("vocoder",))
     accelerator = run.accelerator
 
-    model = IndexTTS2Vocoder.from_pretrained(run.base, subfolder="vocoder", torch_dtype=torch.float32).train()
+    model = load_part(IndexTTS2Vocoder, run.base, "vocoder").train()
     feature_extractor = IndexTTS2FeatureExtractor.from_pretrained(run.base / "feature_extractor")
     for name, theirs in (
         ("hop_length", model.hop_length),
