@@ -20,9 +20,9 @@ from conftest import make_speech
 from datasets import load_from_disk
 
 import prepare_dataset
-from data import Clip, load_features, made_with
+from data import Clip, choose_splits, load_features, made_with
 from indextts2_hf import IndexTTS2ForTextToWaveform, IndexTTS2Processor
-from prepare_dataset import Preparer, Settings, Shard, change_speed, choose_splits, plan_shards, prepare_in_workers
+from prepare_dataset import Preparer, Settings, Shard, change_speed, plan_shards, prepare_in_workers
 from programs import TRAINING, run_killed, run_program, run_to_error
 
 

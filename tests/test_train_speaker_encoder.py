@@ -155,7 +155,7 @@ def test_clips_that_cannot_be_used_are_named(options, manifest, tmp_path):
         )
     said = run_program(NAME, "--output", tmp_path / "run", *options, "--max_train_steps", 1)
     assert "4 clips cannot be used and are left out" in said
-    for name in ("text.wav", "missing.wav", "short.wav: 0.05 s long, 0.25 s are needed", "None: no file"):
+    for name in ("text.wav", "missing.wav", "short.wav: it lasts 0.05 s, 0.25 s are needed", "None: the manifest names no file"):
         assert name in said
 
     rows = [("text.wav", "a", "train"), ("missing.wav", "b", "train")]
@@ -167,14 +167,16 @@ def test_clips_that_cannot_be_used_are_named(options, manifest, tmp_path):
 
 def test_a_clip_that_is_damaged_within_is_one_clear_error(options, manifest, tmp_path):
     sound = make_speech(2.0, 16000, 150.0)
-    soundfile.write(tmp_path / "cut.flac", sound, 16000)
-    whole = (tmp_path / "cut.flac").read_bytes()
-    (tmp_path / "cut.flac").write_bytes(whole[: len(whole) // 2])
+    soundfile.write(tmp_path / "holed.flac", sound, 16000)
+    content = bytearray((tmp_path / "holed.flac").read_bytes())
+    middle = slice(len(content) * 2 // 5, len(content) * 3 // 5)
+    content[middle] = bytes(len(content[middle]))
+    (tmp_path / "holed.flac").write_bytes(content)
     with open(manifest, "a", encoding="utf-8") as file:
-        file.write("cut.flac,Hello.,speaker0,train\n")
+        file.write("holed.flac,Hello.,speaker0,train\n")
     # By a loading process, whose errors come with a traceback.
     said = run_to_error(NAME, "--output", tmp_path / "run", *options, "--num_workers", 1, "--batch_size", 5)
-    assert "error: The clip cut.flac cannot be read" in said and "Mend it, or take it out." in said
+    assert "error: The clip holed.flac cannot be read" in said and "Mend it, or take it out." in said
 
 
 # --- its pieces ----------------------------------------------------------------------------------------------------------

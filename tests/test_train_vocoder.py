@@ -13,7 +13,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from data import Clip, EndlessBatchSampler, read_manifest
+from data import Clip, EndlessBatchSampler, choose_splits, find_fault, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2TextToAudioPipeline, IndexTTS2Vocoder
 from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
 from programs import TRAINING, read_log, run_killed, run_program, run_ranks, run_to_error
@@ -24,7 +24,6 @@ from train_vocoder import (
     collate,
     discriminator_loss,
     feature_loss,
-    find_fault,
     stft_distance,
     stft_magnitude,
 )
@@ -122,8 +121,6 @@ def test_the_figures_of_the_first_step_by_hand(options, checkpoint, tiny_recordi
     discriminators = Discriminators(1)
     discriminators.load_state_dict(load_file(weights))
     vocoder = load_vocoder(checkpoint)
-    from prepare_dataset import choose_splits
-
     clips = choose_splits(read_manifest(tiny_recordings), 0.02)["train"]
     dataset = make_dataset(clips, extractor, round(0.15 * 22050 / HOP_LENGTH))
     keys = next(

@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import soundfile
 import torch
 from datasets import Array2D, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
 from torch.nn.utils.rnn import pad_sequence
@@ -111,6 +112,59 @@ def read_manifest(source: str | Path, columns: dict[str, str] | None = None) -> 
                 )
             )
     return clips
+
+
+def find_fault(clip: Clip, least_s: float = 0.0) -> str | None:
+    """
+    Why a recording cannot be used, as far as its header and its last sample tell; a clip cut short ends before the latter.
+    `None` if it can; it needs `least_s` seconds.
+    """
+    audio = clip.audio
+    if isinstance(audio, dict):
+        audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") is not None else audio.get("path")
+    if audio is None:
+        return "the manifest names no file"
+    try:
+        with soundfile.SoundFile(audio) as file:
+            if file.frames == 0:
+                return "it is empty"
+            if file.frames < least_s * file.samplerate:
+                return f"it lasts {file.frames / file.samplerate:.2f} s, {least_s} s are needed"
+            file.seek(file.frames - 1)
+            if len(file.read(1)) == 0:
+                return "it is cut short"
+    except (soundfile.SoundFileError, OSError) as error:
+        return str(error)
+    return None
+
+
+def leave_out_faulty(clips: list[Clip], least_s: float = 0.0) -> tuple[list[Clip], list[str]]:
+    """The clips without fault, and what is wrong with the others."""
+    faults = [find_fault(clip, least_s) for clip in clips]
+    pairs = list(zip(clips, faults, strict=True))
+    return [clip for clip, fault in pairs if fault is None], [
+        f"{clip.clip}: {fault}" for clip, fault in pairs if fault
+    ]
+
+
+def choose_splits(clips: list[Clip], validation_fraction: float) -> dict[str, list[Clip]]:
+    """
+    The manifest's own splits if it holds out clips; otherwise `validation_fraction` of them, at least one if there are two,
+    chosen by a hash of their names, so that a clip stays where it is when others come or the order changes.
+    """
+    if any(clip.split == "validation" for clip in clips):
+        is_held_out = {clip.clip: clip.split == "validation" for clip in clips}
+    else:
+        shares = {clip.clip: int(hashlib.sha256(clip.clip.encode()).hexdigest()[:12], 16) / 16**12 for clip in clips}
+        is_held_out = {name: share < validation_fraction for name, share in shares.items()}
+        if validation_fraction > 0 and len(clips) > 1:
+            # Neither split is to be empty, whatever chance says.
+            is_held_out[min(shares, key=shares.get)] = True
+            is_held_out[max(shares, key=shares.get)] = False
+    return {
+        "train": [clip for clip in clips if not is_held_out[clip.clip]],
+        "validation": [clip for clip in clips if is_held_out[clip.clip]],
+    }
 
 
 def _as_text(value: Any) -> str | None:

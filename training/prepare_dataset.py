@@ -41,7 +41,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
-from data import SPLITS, Clip, feature_columns, made_with, read_manifest
+from data import SPLITS, Clip, choose_splits, feature_columns, made_with, read_manifest
 from indextts2_hf import (
     IndexTTS2FeatureExtractor,
     IndexTTS2Processor,
@@ -153,27 +153,7 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-# --- which clips go where --------------------------------------------------------------------------------------------------
-
-
-def choose_splits(clips: list[Clip], validation_fraction: float) -> dict[str, list[Clip]]:
-    """
-    The manifest's own splits if it holds out clips; otherwise `validation_fraction` of them, at least one if there are two,
-    chosen by a hash of their names, so that a clip stays where it is when others come or the order changes.
-    """
-    if any(clip.split == "validation" for clip in clips):
-        is_held_out = {clip.clip: clip.split == "validation" for clip in clips}
-    else:
-        shares = {clip.clip: int(hashlib.sha256(clip.clip.encode()).hexdigest()[:12], 16) / 16**12 for clip in clips}
-        is_held_out = {name: share < validation_fraction for name, share in shares.items()}
-        if validation_fraction > 0 and len(clips) > 1:
-            # Neither split is to be empty, whatever chance says.
-            is_held_out[min(shares, key=shares.get)] = True
-            is_held_out[max(shares, key=shares.get)] = False
-    return {
-        "train": [clip for clip in clips if not is_held_out[clip.clip]],
-        "validation": [clip for clip in clips if is_held_out[clip.clip]],
-    }
+# --- shards ----------------------------------------------------------------------------------------------------------------
 
 
 def plan_shards(splits: dict[str, list[Clip]], output: Path, clips_per_shard: int) -> list[Shard]:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from rapidfuzz.distance import Levenshtein
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -285,19 +286,6 @@ def ctc_loss(logits: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
     return (losses / batch["text_lengths"]).mean()
 
 
-def edit_distance(found: list[int], expected: list[int]) -> int:
-    """Fewest insertions, deletions and replacements that make one of the other."""
-    costs = list(range(len(expected) + 1))
-    for row, token in enumerate(found, start=1):
-        diagonal, costs[0] = costs[0], row
-        for column, other in enumerate(expected, start=1):
-            diagonal, costs[column] = (
-                costs[column],
-                min(costs[column] + 1, costs[column - 1] + 1, diagonal + (token != other)),
-            )
-    return costs[-1]
-
-
 def num_token_errors(logits: torch.Tensor, batch: dict[str, Any]) -> int:
     """Edit distance of greedily decoded CTC to the texts, summed over the rows."""
     blank, errors = logits.shape[-1] - 1, 0
@@ -305,7 +293,7 @@ def num_token_errors(logits: torch.Tensor, batch: dict[str, Any]) -> int:
         logits.argmax(dim=-1), batch["attention_mask"].sum(dim=1), batch["texts"], batch["text_lengths"], strict=True
     ):
         found = [token for token in row[:num_frames].unique_consecutive().tolist() if token != blank]
-        errors += edit_distance(found, text[:num_ids].tolist())
+        errors += Levenshtein.distance(found, text[:num_ids].tolist())
     return errors
 
 

@@ -22,7 +22,6 @@ CAM++ was published with this loss on 3 s crops; scale, margin, rates and schedu
 """
 
 import argparse
-import io
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast, gather_object
@@ -40,7 +38,7 @@ from torch.utils.data import Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from checkpoint import load_part
-from data import Clip, draw_generator, read_manifest
+from data import Clip, choose_splits, draw_generator, leave_out_faulty, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2SpeakerEncoder
 from indextts2_hf.feature_extraction_indextts2 import (
     MIN_AUDIO_S,
@@ -50,7 +48,6 @@ from indextts2_hf.feature_extraction_indextts2 import (
     resample_sinc,
     resample_soxr,
 )
-from prepare_dataset import choose_splits
 from run import Run, add_run_arguments, parse_arguments, run_program
 
 
@@ -78,20 +75,6 @@ def parse() -> argparse.Namespace:
 
 
 # --- data ----------------------------------------------------------------------------------------------------------------
-
-
-def find_fault(clip: Clip) -> str | None:
-    """Why a clip cannot be used, as far as its header tells."""
-    audio = clip.audio
-    if isinstance(audio, dict):
-        audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") else audio.get("path")
-    if audio is None:
-        return "no file"
-    try:
-        duration_s = soundfile.info(audio).duration
-    except (soundfile.SoundFileError, OSError) as error:
-        return str(error)
-    return f"{duration_s:.2f} s long, {MIN_AUDIO_S} s are needed" if duration_s < MIN_AUDIO_S else None
 
 
 def speaker_fbank(
@@ -311,10 +294,7 @@ def main() -> None:
         raise ValueError(
             f"--crop_s is {arguments.crop_s:g}, but the checkpoint hears {extractor.max_audio_s:g} s of a clip. Use 2 to 4 s."
         )
-    clips, faults = [], []
-    for clip in read_manifest(arguments.data):
-        fault = find_fault(clip)
-        clips.append(clip) if fault is None else faults.append(f"{clip.clip}: {fault}")
+    clips, faults = leave_out_faulty(read_manifest(arguments.data), MIN_AUDIO_S)
     if faults:
         run.say(f"{len(faults)} clips cannot be used and are left out: " + "; ".join(faults))
     if not clips:

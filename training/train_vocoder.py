@@ -14,11 +14,9 @@ convolutions in the generator, whose weight norm is folded.
 """
 
 import argparse
-import io
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -30,10 +28,9 @@ from torch.utils.data import Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from checkpoint import load_part
-from data import Clip, draw_generator, read_manifest
+from data import Clip, choose_splits, draw_generator, leave_out_faulty, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2Vocoder
 from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
-from prepare_dataset import choose_splits
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
 
 
@@ -108,25 +105,6 @@ def parse() -> argparse.Namespace:
 
 
 # --- data ----------------------------------------------------------------------------------------------------------------
-
-
-def find_fault(clip: Clip) -> str | None:
-    """What is wrong with a recording, as far as its header and its last sample tell; a clip cut short ends before the latter."""
-    if clip.audio is None:
-        return "the manifest names no file"
-    audio = clip.audio
-    if isinstance(audio, dict):
-        audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") is not None else audio.get("path")
-    try:
-        with soundfile.SoundFile(audio) as file:
-            if file.frames == 0:
-                return "it is empty"
-            file.seek(file.frames - 1)
-            if len(file.read(1)) == 0:
-                return "it is cut short"
-    except (soundfile.LibsndfileError, TypeError) as error:
-        return str(error)
-    return None
 
 
 def mel_settings(feature_extractor: IndexTTS2FeatureExtractor) -> dict[str, Any]:
@@ -440,10 +418,7 @@ def main() -> None:
                 f"The vocoder of {run.base} has {name} {theirs}, but its feature extractor has {ours}. Make a checkpoint whose parts agree."
             )
 
-    clips, faults = [], []
-    for clip in read_manifest(arguments.data):
-        fault = find_fault(clip)
-        clips.append(clip) if fault is None else faults.append(f"{clip.clip}: {fault}")
+    clips, faults = leave_out_faulty(read_manifest(arguments.data))
     if faults:
         run.say(f"{len(faults)} clips cannot be read and are left out: " + "; ".join(faults))
     splits = choose_splits(clips, arguments.validation_fraction)
