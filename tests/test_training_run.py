@@ -225,6 +225,19 @@ def test_a_loss_that_is_no_number_names_the_clips_and_keeps_what_was_good(option
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values() if tensor.is_floating_point())
 
 
+def test_weights_that_are_no_numbers_are_not_saved(options, tmp_path):
+    out = tmp_path / "run"
+    # Loss and gradient of the first step are good, what it makes of the weights is not.
+    options += ["--learning_rate", 1e30, "--warmup_steps", 0, "--save_steps", 1, "--weight_decay", 1e9]
+    said = run_to_error("train_t2s", "--output", out, *options)
+    assert "The weights are no numbers after step 1. What was saved before is good" in said
+    assert not list(out.glob("state/step-*")) and not (out / "last").exists()
+    weights = out / "t2s/model.safetensors"
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(weights).values())
+    # As readable as the files that people write.
+    assert weights.stat().st_mode & 0o777 == (out / "config.json").stat().st_mode & 0o777
+
+
 def test_a_full_disk_is_said_and_loses_nothing(options, tiny_checkpoint, tmp_path):
     out = tmp_path / "run"
     options += ["--stage", 1]

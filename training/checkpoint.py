@@ -102,7 +102,10 @@ def write_part(
             tensors = {key: tensor.cpu().contiguous() for key, tensor in (weights or part.state_dict()).items()}
             save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         (folder / name).mkdir(exist_ok=True)
+        # Weights are written readable to their owner alone; here whoever may read the folder may read them.
+        mode = temporary.stat().st_mode & 0o666
         for path in sorted(temporary.iterdir()):
+            path.chmod(mode)
             os.replace(path, folder / name / path.name)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(

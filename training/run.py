@@ -205,6 +205,7 @@ class Run:
         if arguments.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             # Accelerate would go on in float32 without a word.
             raise ValueError("--mixed_precision fp16 needs a GPU, but this run is on the CPU. Use bf16 or no.")
+        self.accelerator.register_save_state_pre_hook(self._check_weights)
         self.step = 0
         self.best: float | None = None
         self.evaluations_since_best = 0
@@ -528,6 +529,14 @@ class Run:
                 "room, then --resume."
             ) from error
         self.accelerator.wait_for_everyone()
+
+    def _check_weights(self, models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        """Before a state is saved: a step that was too large leaves numbers in loss and gradient, and none in the weights."""
+        if not all(torch.isfinite(weight).all() for model in models for weight in model.parameters()):
+            raise FloatingPointError(
+                f"The weights are no numbers after step {self.step}. What was saved before is good: --resume with a lower "
+                "--learning_rate or another --mixed_precision."
+            )
 
     def finish(self, models: dict[str, nn.Module]) -> None:
         """Writes `last/` and the card, makes the voices anew, closes the trackers."""
