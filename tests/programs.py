@@ -33,7 +33,8 @@ server.set_forkserver_preload(LIBRARIES)
 
 
 def run_file(path: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """In the new process: `path` as the main program, its standard output and error in the file `output`."""
+    """In the new process: `path` as the main program in a group of its own, standard output and error in the file `output`."""
+    os.setpgrp()
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -83,6 +84,10 @@ class Program:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
+
+    def kill_group(self, number: int) -> None:
+        """As launchers do it: the program and what it started."""
+        os.killpg(self.pid, number)
 
     def wait_for(self, path: Path, timeout: float = 240.0) -> None:
         """Until the file or folder is there; the program must be alive until then."""

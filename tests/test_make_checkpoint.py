@@ -125,6 +125,12 @@ def made(tmp_path_factory) -> Path:
     return folder / "runs" / "new"
 
 
+def test_whoever_may_read_the_folder_may_read_the_weights(made):
+    weights = list(made.rglob("*.safetensors"))
+    assert len(weights) == 6
+    assert {path.stat().st_mode for path in weights} == {(made / "config.json").stat().st_mode}
+
+
 def test_it_speaks_at_once(made):
     pipe = IndexTTS2TextToAudioPipeline.from_pretrained(made)
     voice = (make_speech(1.0), SAMPLING_RATE)
@@ -250,7 +256,7 @@ def test_tiny_sizes(tiny):
     assert (tiny.t2s.config.hidden_size, tiny.t2s.config.num_hidden_layers) == (128, 4)
     assert (tiny.s2m.config.hidden_size, tiny.s2m.config.num_layers) == (128, 6)
     assert (tiny.semantic_codec.config.codebook_size, tiny.semantic_codec.config.feature_size) == (512, 128)
-    assert 0.3 < counts["vocoder"] < 0.7
+    assert 1.5 < counts["vocoder"] < 2.5
     assert counts["s2m"] < 4 and counts["semantic_encoder"] < 1 and counts["semantic_codec"] < 1
     # As long as what the feature extractor hears.
     assert tiny.t2s.config.max_semantic_tokens > 50 * tiny.feature_extractor.max_audio_s

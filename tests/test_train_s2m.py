@@ -403,6 +403,16 @@ def test_killed_and_resumed_it_gives_the_same_numbers(options, tmp_path):
         assert not changed_weights(load_s2m(tmp_path / "whole" / folder), load_s2m(tmp_path / "killed" / folder))
 
 
+def test_the_run_folder_speaks_at_any_time(options, tmp_path):
+    """With its own voices, which are others when what they were made with is."""
+    out = tmp_path / "run"
+    options += ["--save_steps", 5, "--eval_steps", 5, "--max_train_steps", 1000]
+    run_killed("train_s2m", "--output", out, *options, after=out / "state/step-00000005")
+    assert changed_weights(load_s2m(out), load_s2m(options[1]))
+    pipe = IndexTTS2TextToAudioPipeline.from_pretrained(out)
+    assert len(pipe("Hello.", duration_s=0.3)["audio"]) == 6615
+
+
 def test_two_processes_are_one_with_twice_the_batch(options, tiny_checkpoint, tmp_path):
     options = [*options, "--max_train_steps", 6, "--condition_dropout", 0.3]
     run_ranks("train_s2m", 2, "--output", tmp_path / "two", *options)

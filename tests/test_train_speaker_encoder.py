@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_speech
 
-from data import read_manifest
+from data import Clip, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2SpeakerEncoder, IndexTTS2TextToAudioPipeline
 from programs import TRAINING, read_log, run_killed, run_program, run_ranks, run_to_error
 
@@ -124,6 +124,13 @@ def test_without_pairs_the_loss_chooses(options, tiny_recordings, tmp_path):
     assert all(row.keys() == {"step", "eval/loss_per_clip", "eval/speaker_accuracy"} for row in read_log(out, "eval/"))
 
 
+def test_as_many_held_out_clips_as_asked(options, tmp_path):
+    out = tmp_path / "run"
+    said = run_program(NAME, "--output", out, *options, "--evaluation_clips", 2, "--max_train_steps", 1)
+    assert "4 clips of 2 speakers to learn from, 2 of 1 held out;" in said
+    assert all(row.keys() == {"step", "eval/loss_per_clip", "eval/speaker_accuracy"} for row in read_log(out, "eval/"))
+
+
 def test_splits_that_teach_or_tell_nothing_are_refused(options, tiny_recordings, tmp_path):
     clips = [tiny_recordings / f"speaker0-{clip}.wav" for clip in range(4)]
     alone = write_manifest(tmp_path / "alone.csv", [(clip, "me", "") for clip in clips])
@@ -155,7 +162,12 @@ def test_clips_that_cannot_be_used_are_named(options, manifest, tmp_path):
         )
     said = run_program(NAME, "--output", tmp_path / "run", *options, "--max_train_steps", 1)
     assert "4 clips cannot be used and are left out" in said
-    for name in ("text.wav", "missing.wav", "short.wav: it lasts 0.05 s, 0.25 s are needed", "None: the manifest names no file"):
+    for name in (
+        "text.wav",
+        "missing.wav",
+        "short.wav: it lasts 0.05 s, 0.25 s are needed",
+        "None: the manifest names no file",
+    ):
         assert name in said
 
     rows = [("text.wav", "a", "train"), ("missing.wav", "b", "train")]
@@ -266,6 +278,20 @@ def test_the_equal_error_rate():
     order = rng.permutation(100_000)
     assert equal_error_rate(np.exp(scores[order]), is_same[order]) == pytest.approx(equal_error_rate(scores, is_same))
     assert equal_error_rate(-scores, ~is_same) == pytest.approx(equal_error_rate(scores, is_same), abs=1e-4)
+
+
+def test_the_clips_of_an_evaluation_make_pairs():
+    from train_speaker_encoder import can_score_pairs, choose_evaluation_clips
+
+    # As manifests are often sorted: by speaker, one with far more than the others.
+    counts = {"a": 9, "b": 3, "c": 2, "d": 1}
+    clips = [Clip(f"{name}{number}", None, name, "") for name, count in counts.items() for number in range(count)]
+    names = [clip.clip for clip in choose_evaluation_clips(clips, 100)]
+    assert names == "a0 a1 b0 b1 c0 c1 d0 a2 a3 b2 a4 a5 a6 a7 a8".split()
+    for count in range(1, 16):
+        chosen = choose_evaluation_clips(clips, count)
+        assert [clip.clip for clip in chosen] == names[:count]
+        assert can_score_pairs(chosen) == (count >= 4)
 
 
 def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():

@@ -1,10 +1,12 @@
 """The stages of the text-to-semantic training: what is trained, what is reported, and that what is saved speaks."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from datasets import load_from_disk
 
 from data import T2SDataset, collate_t2s, load_features
 from indextts2_hf import IndexTTS2T2SForConditionalGeneration, IndexTTS2TextToAudioPipeline
@@ -179,13 +181,30 @@ def test_two_processes_or_two_batches_are_one_batch_twice_as_large(options, tmp_
 # --- wrong input ---------------------------------------------------------------------------------------------------------
 
 
-def test_no_pairs(options, tiny_features, tiny_checkpoint, tmp_path):
-    from datasets import load_from_disk
+def copy_features(source, folder, train_rows, held_out_rows, strangers=()):
+    """These rows of the two splits; the held-out clips that are named have speakers of their own."""
+    for split, rows in (("train", train_rows), ("validation", held_out_rows)):
+        table = load_from_disk(source / split / "shard-00000").select(rows)
+        rows = [row | {"speaker": row["clip"]} if row["clip"] in strangers else row for row in table.to_list()]
+        type(table).from_list(rows, features=table.features).save_to_disk(folder / split / "shard-00000")
+    shutil.copy(source / "features.json", folder)
+    return folder
 
-    lonely = tmp_path / "features"
-    for split in ("train", "validation"):
-        table = load_from_disk(tiny_features / split / "shard-00000")
-        table.select([0]).save_to_disk(lonely / split / "shard-00000")
-    (lonely / "features.json").write_text((tiny_features / "features.json").read_text())
-    said = run_to_error("train_t2s", "--stage", 1, "--output", tmp_path / "run", *options, "--data", lonely)
-    assert "No speaker has two clips (1 speakers, 1 clips)" in said
+
+def test_one_held_out_clip_is_enough(options, tiny_features, tmp_path):
+    features = copy_features(tiny_features, tmp_path / "features", range(12), [0, 2], ["speaker1/clip4"])
+    out = tmp_path / "run"
+    said = run_program("train_t2s", "--stage", 1, "--output", out, *options, "--data", features)
+    assert "1 speakers of the held-out split have one clip alone, which has no prompt: left out." in said
+    assert "of the training split" not in said
+    assert [row["step"] for row in read_log(out, "eval/")] == [0, 4]
+
+
+def test_no_pairs(options, tiny_features, tmp_path):
+    options = ["--stage", 1, "--output", tmp_path / "run", *options]
+    lonely = copy_features(tiny_features, tmp_path / "lonely", [0], [0])
+    said = run_to_error("train_t2s", *options, "--data", lonely)
+    assert "No speaker of the training split has two clips (1 speakers, 1 clips)" in said
+    strange = copy_features(tiny_features, tmp_path / "strange", range(12), [0], ["speaker0/clip4"])
+    said = run_to_error("train_t2s", *options, "--data", strange)
+    assert "None of the 1 held-out clips has another clip of its speaker as a prompt" in said

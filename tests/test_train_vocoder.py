@@ -152,8 +152,10 @@ def test_the_figures_of_the_first_step_by_hand(options, checkpoint, tiny_recordi
     loss += found["train/adversarial_loss"] + 2 * found["train/feature_loss"]
     assert found["train/loss"] == pytest.approx(loss, rel=1e-5)
 
-    # A step of the run moved both sides.
+    # A step of the run moved both sides. Whoever may read the other files may read this one.
     moved = load_file(out / "discriminators/model.safetensors")
+    assert [path.name for path in (out / "discriminators").iterdir()] == ["model.safetensors"]
+    assert (out / "discriminators/model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     assert all(not torch.equal(value, moved[name]) for name, value in load_file(weights).items())
     old, new = vocoder.state_dict(), load_vocoder(out / "last").state_dict()
     assert {name for name in old if torch.equal(old[name], new[name])} == {"filter_taps"}
@@ -271,6 +273,8 @@ def test_faults_that_are_found_at_once(options, checkpoint, tiny_recordings, tmp
     assert "has 1 readable clips to learn from and 0 to check with; at least one of each is needed" in said
     said = run_to_error("train_vocoder", "--output", out, *options, "--segment_s", 0.05)
     assert "--segment_s 0.05 is 1024 samples, but the discriminators look at 2048 at once. Give at least 0.10." in said
+    said = run_to_error("train_vocoder", "--output", out, *options, "--conf", out / "recipe.yaml")
+    assert "unrecognized arguments: --conf" in said
     other = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, other)
     config = json.loads((other / "vocoder/config.json").read_text())

@@ -1,9 +1,12 @@
-"""Manifests, prepared features, the order of the batches, and the examples of the text-to-semantic transformer."""
+"""Manifests and the programs that read them, prepared features, the order of the batches, and the examples of the text-to-semantic transformer."""
 
 import io
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import torch
 from conftest import make_speech
 from datasets import Audio, ClassLabel, Dataset, Features, Value
 
-import data
+from checkpoint import digest_files
 from data import (
     BUCKET_STEPS,
     EndlessBatchSampler,
@@ -22,11 +25,13 @@ from data import (
     collate_t2s,
     draw_generator,
     feature_columns,
+    find_fault,
     load_features,
     made_with,
     read_manifest,
 )
 from indextts2_hf.feature_extraction_indextts2 import load_audio
+from programs import TRAINING
 
 
 HEADER = "file_name,text,speaker,emotion,language\n"
@@ -86,7 +91,7 @@ def test_row_without_a_file(tmp_path):
     assert (short.text, short.speaker) == ("", "1.wav")
 
 
-def write_repository(folder: Path, splits: tuple[str, ...], with_label: bool = True) -> None:
+def write_repository(folder: Path, splits: tuple[str, ...]) -> None:
     """A repository of `datasets` with recordings inside its parquet files."""
     for number, split in enumerate(splits):
         buffer = io.BytesIO()
@@ -125,6 +130,58 @@ def test_repository(tmp_path, monkeypatch):
     assert sampling_rate == 16000
     np.testing.assert_allclose(waveform, make_speech(0.3, 16000, seed=1), atol=1e-3)
     assert len(pickle.dumps(clips[4])) < 20_000
+    assert find_fault(clips[4], 0.25) is None and find_fault(clips[4], 0.5) == "it lasts 0.30 s, 0.5 s are needed"
+
+
+def test_only_what_is_needed_must_be_there(tmp_path, monkeypatch):
+    (tmp_path / "metadata.csv").write_text("path,who\n1.wav,anna\n")
+    with pytest.raises(ValueError, match="has no column 'text' or 'speaker', but 'path', 'who'"):
+        read_manifest(tmp_path, {"file_name": "path"})
+    with pytest.raises(ValueError, match="has no column 'speaker', but"):
+        read_manifest(tmp_path, {"file_name": "path"}, required=("speaker",))
+    with pytest.raises(ValueError, match="has no column 'file_name', but"):
+        read_manifest(tmp_path, required=())
+    (clip,) = read_manifest(tmp_path, {"file_name": "path", "speaker": "who"}, required=("speaker",))
+    assert (clip.audio, clip.speaker, clip.text) == (str(tmp_path / "1.wav"), "anna", "")
+    (clip,) = read_manifest(tmp_path, {"file_name": "path"}, required=())
+    assert (clip.audio, clip.speaker, clip.text) == (str(tmp_path / "1.wav"), "1.wav", "")
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write_repository(tmp_path / "speech", ("train",))
+    table = Dataset.from_parquet(str(tmp_path / "speech/data/train-00000-of-00001.parquet"))
+    table.select_columns(["audio"]).to_parquet(tmp_path / "sounds/train-00000-of-00001.parquet")
+    clips = read_manifest(tmp_path / "sounds", required=())
+    assert [(clip.speaker, clip.text) for clip in clips] == [(f"train/{number:08d}", "") for number in range(3)]
+    assert len(load_audio(clips[2].audio)[0]) == 4800
+    with pytest.raises(ValueError, match="sounds .train. has no column 'text' or 'speaker', but 'audio'"):
+        read_manifest(tmp_path / "sounds")
+
+
+@pytest.mark.parametrize(
+    ("program", "columns", "options"),
+    [
+        ("train_vocoder", ["audio"], ["--segment_s", "0.15", "--discriminator_channels", "1"]),
+        ("train_speaker_encoder", ["audio", "speaker"], ["--crop_s", "0.25"]),
+    ],
+)
+def test_a_repository_with_other_columns_is_learnt_from(program, columns, options, tiny_checkpoint, tmp_path):
+    write_repository(tmp_path / "speech", ("train", "validation"))
+    for path in (tmp_path / "speech/data").iterdir():
+        table = Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache")).select_columns(columns)
+        table.rename_columns({name: f"the_{name}" for name in columns}).to_parquet(path)
+    names = {"audio": "file_name", "speaker": "speaker"}
+    pairs = [f"{names[name]}=the_{name}" for name in columns]
+    command = [sys.executable, TRAINING / f"{program}.py", "--model", tiny_checkpoint, "--data", tmp_path / "speech"]
+    command += ["--output", tmp_path / "run", "--max_train_steps", 1, "--batch_size", 2, "--num_workers", 1]
+    command += ["--columns", *pairs, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    for extra in ([], ["--resume"]):
+        result = subprocess.run(
+            [str(item) for item in [*command, *extra]], capture_output=True, text=True, env=environment
+        )
+        assert result.returncode == 0, result.stderr
+        assert "cannot be" not in result.stderr and " 3 clips" in result.stderr
+    assert json.loads((tmp_path / "run/run.json").read_text())["step"] == 1
 
 
 @pytest.mark.parametrize(
@@ -207,10 +264,10 @@ def test_large_files_are_told_apart(tmp_path):
     digests = []
     for change in (0.0, 0.0, 1e-3):
         (tmp_path / "weights").write_bytes((weights + change).tobytes())
-        digests.append(data._digest([tmp_path / "weights"]))
+        digests.append(digest_files([tmp_path / "weights"]))
     assert digests[0] == digests[1] != digests[2]
     (tmp_path / "weights").write_bytes(weights[:-1].tobytes())
-    assert data._digest([tmp_path / "weights"]) != digests[0]
+    assert digest_files([tmp_path / "weights"]) != digests[0]
 
 
 # --- order -----------------------------------------------------------------------------------------------------------------
@@ -362,9 +419,33 @@ def test_free_lengths(probability):
     assert share == pytest.approx(probability, abs=0.08 if 0 < probability < 1 else 0)
 
 
+def test_held_out_clips_are_prompted_by_training_clips_too():
+    held_out = [
+        ("a9", "anna", "sad", 1.0),
+        ("b8", "bert", None, 1.0),
+        ("b9", "bert", None, 1.0),
+        ("d1", "dora", None, 1.0),
+    ]
+    dataset = T2SDataset(make_table(held_out), seed=0, with_emotion=True, prompts=make_table(ROWS))
+    assert len(dataset) == 3 and dataset.lone_speakers == ["dora"] and dataset.lengths == [3, 4, 5]
+    voices = []
+    for index in range(3):
+        examples = [dataset[index, draw] for draw in range(60)]
+        assert {example["id"] for example in examples} == {held_out[index][0]}
+        voices.append({int(example["speaker_features"][0, 0]) for example in examples})
+    # Anna's clips to learn from, at any speed; Bert's, and his other held-out clip.
+    assert voices == [{0, 1, 2, 3, 4}, {2, 5, 6}, {1, 5, 6}]
+    # Without them there is Bert alone.
+    alone = T2SDataset(make_table(held_out), seed=0)
+    assert len(alone) == 2 and alone.lone_speakers == ["anna", "dora"]
+
+
 def test_no_pairs():
-    with pytest.raises(ValueError, match="No speaker has two clips \\(1 speakers, 1 clips\\).*column `speaker`"):
+    message = "No speaker of the training split has two clips \\(1 speakers, 1 clips\\).*column `speaker`"
+    with pytest.raises(ValueError, match=message):
         T2SDataset(make_table(ROWS[-2:]), seed=0)
+    with pytest.raises(ValueError, match="None of the 1 held-out clips has another clip of its speaker"):
+        T2SDataset(make_table([("d1", "dora", None, 1.0)]), seed=0, prompts=make_table(ROWS))
 
 
 def test_collate():

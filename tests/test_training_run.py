@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from indextts2_hf import IndexTTS2Config, IndexTTS2TextToAudioPipeline
 from programs import ROOT, TRAINING, read_log, run_killed, run_program, run_to_error, start
@@ -53,7 +53,7 @@ def broken_features(tiny_features, folder, change):
 # --- options -------------------------------------------------------------------------------------------------------------
 
 
-def test_options_come_from_a_file_and_the_command_line_wins(tmp_path):
+def test_options_come_from_a_file_and_the_command_line_wins(tmp_path, monkeypatch, capsys):
     from run import add_run_arguments, parse_arguments
 
     def parse(*argv):
@@ -68,6 +68,11 @@ def test_options_come_from_a_file_and_the_command_line_wins(tmp_path):
     arguments = parse("--config", str(config), "--batch_size", "5")
     assert (arguments.learning_rate, arguments.batch_size, arguments.gradient_checkpointing) == (1e-5, 5, True)
     assert arguments.report_to == ["tensorboard"] and parse().report_to == []
+
+    monkeypatch.setattr("run.get_available_trackers", list)
+    with pytest.raises(SystemExit):
+        parse("--report_to", "trackio")
+    assert "--report_to trackio is not installed: `pip install trackio`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -146,6 +151,7 @@ def test_best_and_last_are_kept(options, tiny_checkpoint, tmp_path):
     run_program("train_t2s", "--output", out, *options, "--learning_rate", 0.5, "--eval_steps", 1)
     figures = [row["eval/semantic_cross_entropy_per_token"] for row in read_log(out, "eval/")]
     assert len(figures) == 4 and min(figures) == figures[0]
+    assert [path.name for path in out.glob("state/*")] == ["step-00000003"]
     weights = [load_file(folder / "t2s/model.safetensors") for folder in (tiny_checkpoint, out, out / "last")]
     name = "semantic_head.weight"
     assert torch.equal(weights[0][name], weights[1][name]) and not torch.equal(weights[0][name], weights[2][name])
@@ -178,6 +184,23 @@ def test_resuming_what_never_saved_begins_at_the_beginning(options, tmp_path):
     assert [row["step"] for row in read_log(out, "train/")] == [1, 2, 3]
 
 
+def test_a_run_goes_on_as_it_was_begun(options, tiny_checkpoint, tmp_path):
+    out = tmp_path / "run"
+    run_program("train_t2s", "--output", out, *options)
+    other = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, other)
+    weights = load_file(other / "s2m/diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: weight + 1 for name, weight in weights.items()}, other / "s2m/diffusion_pytorch_model.safetensors"
+    )
+    said = run_to_error("train_t2s", "--output", out, *options, "--resume", "--model", other)
+    assert f"was begun with other weights than --model {other} has. Resume with the same" in said
+    state = next(out.glob("state/step-*")) / "run.json"
+    state.write_text(state.read_text().replace('"num_processes": 1', '"num_processes": 2'))
+    said = run_to_error("train_t2s", "--output", out, *options, "--resume")
+    assert "was begun with 2 processes (now 1)" in said
+
+
 def test_the_run_folder_speaks_at_any_time(options, tmp_path):
     out = tmp_path / "run"
     run_killed("train_t2s", "--output", out, *options, "--max_train_steps", 10_000, after=out / "log.jsonl")
@@ -193,11 +216,12 @@ def test_sigterm_saves_and_ends_well(options, tmp_path):
     out = tmp_path / "run"
     options += ["--save_steps", 10_000, "--eval_steps", 10_000]
     run_program("train_t2s", "--output", tmp_path / "whole", *options, "--max_train_steps", 80)
-    program = start("train_t2s", "--output", out, *options, "--max_train_steps", 80)
+    # With a process that loads data, which is not to stop before the program.
+    program = start("train_t2s", "--output", out, *options, "--max_train_steps", 80, "--num_workers", 1)
     program.wait_for(out / "log.jsonl")
     while len(read_log(out)) < 5:
         time.sleep(0.01)
-    program.kill(signal.SIGTERM)
+    program.kill_group(signal.SIGTERM)
     assert program.wait() == 0, program.output
     assert "Stopped by SIGTERM at step" in program.output and "add --resume to continue" in program.output
     step = json.loads((out / "run.json").read_text())["step"]
@@ -223,6 +247,17 @@ def test_a_loss_that_is_no_number_names_the_clips_and_keeps_what_was_good(option
     states = list(out.glob("state/step-*")) or [out]
     for path in [*states[0].rglob("*.safetensors"), out / "t2s/model.safetensors"]:
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(path).values() if tensor.is_floating_point())
+
+
+def test_a_state_from_which_no_step_can_be_made_is_not_kept(options, tmp_path):
+    out = tmp_path / "run"
+    # The warm-up's first step has the rate 0; the second one leaves numbers, but none that give a loss or a gradient.
+    options += ["--learning_rate", 1e30, "--warmup_steps", 2, "--max_train_steps", 20, "--save_steps", 1]
+    said = run_to_error("train_t2s", "--output", out, *options, "--eval_steps", 100)
+    assert "What was saved before is good. Begin another run" in said and f"--model {out}" in said
+    assert [path.name for path in out.glob("state/*")] == ["step-00000001"]
+    weights = load_file(out / "state/step-00000001/model.safetensors").values()
+    assert all(float(weight.abs().max()) < 100 for weight in weights if weight.is_floating_point())
 
 
 def test_weights_that_are_no_numbers_are_not_saved(options, tmp_path):
@@ -267,6 +302,8 @@ def test_faults_that_are_found_at_once(options, tiny_checkpoint, tiny_features, 
     assert "cannot be written: Not a directory. Name another folder." in said
     said = run_to_error("train_t2s", "--output", out, *options, "--model", tmp_path)
     assert "is no checkpoint: it has no config.json" in said
+    said = run_to_error("train_t2s", "--output", out, *options, "--model", tmp_path / "checkpiont")
+    assert f"--model {tmp_path / 'checkpiont'} is neither a folder here nor a repository" in said
     said = run_to_error("train_t2s", "--output", out, *options, "--data", tmp_path)
     assert "holds no prepared features: it has no features.json" in said
     said = run_to_error("train_t2s", "--output", out, *options, "--model", ROOT / "src/indextts2_hf/embedded")
@@ -313,6 +350,17 @@ def test_bf16_and_gradient_checkpointing_and_tensorboard(options, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(plain)
+
+
+def test_trackio(options, tmp_path):
+    import sqlite3
+
+    environment = {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    run_program("train_t2s", "--output", tmp_path / "run", *options, "--report_to", "trackio", environment=environment)
+    with sqlite3.connect(tmp_path / "trackio" / "indextts2.db") as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by step")]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses == pytest.approx([row["train/loss"] for row in read_log(tmp_path / "run", "train/loss")])
 
 
 def test_accelerate_launch_with_the_fsdp_configuration(options, tmp_path):

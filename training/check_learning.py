@@ -5,8 +5,8 @@ come out are held against what is wanted. Takes an hour or two on two CPU cores.
     python training/check_learning.py --data AUDIO_FOLDER --output WORK_FOLDER            # everything, in order
     python training/check_learning.py --data AUDIO_FOLDER --output WORK_FOLDER t2s        # one stage again
 
-`AUDIO_FOLDER` is in the audiofolder layout and has the clips named in CLIPS, or others with `--clips`. A stage whose run folder is
-complete is not trained again; one that was interrupted is resumed. `WORK_FOLDER/results.json` holds the figures, `results.md` the table.
+`AUDIO_FOLDER` is in the audiofolder layout and has clips of the speakers named in CLIPS. A stage whose run folder is complete is not
+trained again; one that was interrupted is resumed. `WORK_FOLDER/results.json` holds the figures, `results.md` the table.
 
 The "held-out" split of these runs is the training clips themselves: overfitting is what is measured here.
 """
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 from transformers.audio_utils import mel_filter_bank
 
 from data import T2SDataset, load_features, read_manifest
@@ -38,8 +39,8 @@ from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resam
 HERE = Path(__file__).parent
 # Sixteen short clips of three readers with true transcripts.
 CLIPS = {"ls27": 8, "ls26": 4, "ljspeech": 4}
-# Speeds at which the targets are prepared, so that a text is heard at many lengths: 0.74 to 1.4, each 2.4 % above the last.
-SPEEDS = tuple(round(1.024**power, 4) for power in range(-13, 15))
+# Speeds at which the targets are prepared, so that a text is heard at many lengths: 0.76 to 1.37, each 4 % above the last.
+SPEEDS = tuple(round(1.04**power, 4) for power in range(-7, 9))
 LENGTH_FACTORS = (0.75, 0.875, 1.0, 1.125, 1.25)
 SLOW_SPEED = 0.8
 GRIFFIN_LIM_ROUNDS = 60
@@ -47,11 +48,34 @@ GRIFFIN_LIM_ROUNDS = 60
 # The options of each run; the learning rates and steps are for these sizes and 16 clips.
 RUNS = {
     "semantic_codec": ["--max_train_steps", 3000, "--batch_size", 8, "--learning_rate", 3e-3, "--eval_steps", 500],
-    "t2s": ["--max_train_steps", 1200, "--batch_size", 16, "--learning_rate", 1e-3, "--eval_steps", 200],
-    "s2m": ["--max_train_steps", 3000, "--batch_size", 8, "--learning_rate", 1e-3, "--eval_steps", 500],
-    "vocoder": ["--max_train_steps", 4000, "--batch_size", 8, "--learning_rate", 1e-3, "--eval_steps", 500],
+    "t2s": ["--max_train_steps", 2000, "--batch_size", 16, "--learning_rate", 1e-3, "--eval_steps", 200],
+    "s2m": ["--max_train_steps", 1200, "--batch_size", 8, "--learning_rate", 1e-3, "--eval_steps", 500],
+    "vocoder": [
+        *("--max_train_steps", 4000, "--batch_size", 4, "--learning_rate", 1e-3, "--eval_steps", 250),
+        *(
+            "--segment_s",
+            0.372,
+            "--discriminator_channels",
+            4,
+            "--discriminator_start_step",
+            1500,
+            "--max_grad_norm",
+            500,
+        ),
+    ],
     "emotion": ["--max_train_steps", 300, "--batch_size", 16, "--learning_rate", 3e-4, "--eval_steps", 100],
-    "emotion_lora": ["--max_train_steps", 300, "--batch_size", 16, "--learning_rate", 2e-3, "--eval_steps", 50],
+    "emotion_lora": [
+        "--max_train_steps",
+        300,
+        "--batch_size",
+        16,
+        "--learning_rate",
+        2e-3,
+        "--eval_steps",
+        50,
+        "--patience",
+        100,
+    ],
 }
 
 
@@ -88,7 +112,7 @@ def train(work: Path, program: str, name: str, model: str, data: str, *options: 
     """Trains `work/name` from `work/model` on `work/data`; gives the minutes it took, 0 if it was there."""
     out, start = work / name, time.monotonic()
     done = json.loads((out / "run.json").read_text())["step"] if (out / "run.json").is_file() else 0
-    if done < RUNS[name][1] and not (out / "adapter_config.json").is_file():
+    if done < RUNS[name][1]:
         common = ["--warmup_steps", 50, "--log_steps", 50, "--save_steps", 250, "--num_workers", 0, "--resume"]
         files = ["--model", work / model, "--data", work / data, "--output", out]
         call(program, *files, *common, *RUNS[name], *options)
@@ -177,23 +201,52 @@ def check_t2s(work: Path) -> dict[str, Any]:
     }
 
 
+def speaker_accuracy(embeds: torch.Tensor, speakers: torch.LongTensor, clips: list[str]) -> float:
+    """How often a new linear classifier names the speaker of `(num_rows, hidden_size)` of a clip that it has not seen, in %."""
+    embeds = (embeds - embeds.mean(dim=0)) / embeds.std(dim=0).clamp(min=1e-8)
+    is_right = []
+    for clip in sorted(set(clips)):
+        is_held_out = torch.tensor([name == clip for name in clips])
+        classifier = torch.nn.Linear(embeds.shape[1], int(speakers.max()) + 1)
+        torch.nn.init.zeros_(classifier.weight)
+        optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure(chosen=~is_held_out, classifier=classifier, optimizer=optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(classifier(embeds[chosen]), speakers[chosen])
+            loss = loss + 0.01 * classifier.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        found = classifier(embeds[is_held_out]).argmax(dim=1)
+        is_right.append((found == speakers[is_held_out]).float().mean())
+    return 100 * float(torch.stack(is_right).mean())
+
+
 def check_emotion(work: Path) -> dict[str, Any]:
-    """Stage 2 with and without the reversed speaker term: what a new classifier finds in the emotion vectors afterwards."""
-    figures = {}
+    """Stage 2 with and without the reversed speaker term: what is found in the emotion vectors afterwards."""
+    dataset = T2SDataset(load_features(work / "features", "train"), seed=0)
+    speakers = torch.tensor([dataset.speaker_numbers[speaker] for speaker in dataset.speakers])
+    shares = torch.bincount(speakers) / len(speakers)
+    figures: dict[str, Any] = {"share of the most frequent speaker, which is chance, %": 100 * float(shares.max())}
     for name, weight in (("emotion", 0.1), ("emotion_without_term", 0.0)):
         RUNS[name] = RUNS["emotion"]
-        minutes = train(
-            work, "train_t2s", name, "t2s", "features", "--stage", 2, "--dropout", 0, "--speaker_loss_weight", weight
+        options = ["--stage", 2, "--dropout", 0, "--speaker_loss_weight", weight]
+        figures["minutes"] = train(work, "train_t2s", name, "t2s", "features", *options)
+        t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(work / name / "last", subfolder="t2s").eval()
+        with torch.no_grad():
+            features = (torch.as_tensor(row["semantic_features"]).float()[None] for row in dataset.features)
+            embeds = torch.cat([t2s.encode_emotion(row) for row in features])
+        figures[f"a new classifier names the speaker of an emotion vector, weight {weight}, %"] = speaker_accuracy(
+            embeds, speakers, dataset.clips
         )
-        last = evaluations(work / name)[-1]
         rows = [json.loads(line) for line in (work / name / "log.jsonl").read_text().splitlines()]
-        accuracy = [row["train/speaker_accuracy"] for row in rows if "train/speaker_accuracy" in row][-1]
-        figures[f"speaker accuracy on the emotion vector, weight {weight}"] = accuracy
+        figures[f"the classifier of the run itself at its end, weight {weight}, %"] = [
+            100 * row["train/speaker_accuracy"] for row in rows if "train/speaker_accuracy" in row
+        ][-1]
+        last = evaluations(work / name)[-1]
         figures[f"semantic cross-entropy per token, weight {weight}"] = last["eval/semantic_cross_entropy_per_token"]
-        figures["minutes"] = minutes
-    dataset = T2SDataset(load_features(work / "features", "train"), seed=0)
-    counts = torch.bincount(torch.tensor([dataset.speaker_numbers[speaker] for speaker in dataset.speakers]))
-    figures["chance (share of the most frequent speaker)"] = float(counts.max() / counts.sum())
     return figures
 
 

@@ -4,6 +4,7 @@ The checkpoint side of a run folder: parts read with a check, written whole, and
 Whatever happens to a run, each file of its folder is the old or the new one, never half of it.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from indextts2_hf import IndexTTS2ForTextToWaveform
+from indextts2_hf import IndexTTS2Config, IndexTTS2ForTextToWaveform, IndexTTS2SemanticCodec, VoicePrompt
 from indextts2_hf.modeling_indextts2 import check_weights, read_weight_shapes
 
 
@@ -26,10 +29,30 @@ PART_NAMES = ("t2s", "s2m", "scheduler", "semantic_encoder", "semantic_codec", "
 OTHER_FOLDERS = ("feature_extractor", "emotion_text", "tokenizer", "voices")
 # Written by a run beside the checkpoint; not part of it.
 OWN_FILES = ("README.md", "log.jsonl", "run.json")
+# In a saved state, where the weights of a frozen base are left out.
+TRAINED_WEIGHTS_NAME = "trained.safetensors"
 # What a saved voice depends on: when one of these is trained, the voices are made anew.
 PARTS_OF_A_VOICE = {"semantic_encoder", "semantic_codec", "speaker_encoder", "s2m"}
 
 Part = TypeVar("Part", bound=nn.Module)
+
+
+def find_checkpoint(name: str) -> Path:
+    """
+    The folder `name`, or that of a repository on the Hub.
+
+    Raises:
+        ValueError: it is neither, or no checkpoint.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--model {name} is neither a folder here nor a repository: {error}") from error
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model {folder} is no checkpoint: it has no config.json. Download, convert or make one.")
+    return folder
 
 
 def load_part(
@@ -115,6 +138,52 @@ def write_part(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_trained_weights_alone(accelerator: Accelerator, base: str) -> None:
+    """
+    Leaves the frozen weights of the model that is prepared out of saved states: they are where they were. `base` tells them from
+    others; a state is read with the same alone.
+    """
+
+    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            parameters = accelerator.unwrap_model(models[0]).named_parameters()
+            trained = {name: parameter.detach().cpu() for name, parameter in parameters if parameter.requires_grad}
+            save_file(trained, Path(folder) / TRAINED_WEIGHTS_NAME, {"base": base})
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        path = Path(folder) / TRAINED_WEIGHTS_NAME
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata()["base"]
+        if found != base:
+            raise ValueError(
+                f"The run was begun on a base with the weights {found}, but the one given now has {base}. Resume with the base that it "
+                "was begun with."
+            )
+        accelerator.unwrap_model(models.pop()).load_state_dict(load_file(path), strict=False)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """Of their sizes and of samples of what they hold: the released speech encoder has two gigabytes, and training moves all."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            for block in range(256):
+                file.seek(size * block // 256)
+                digest.update(file.read(2**14))
+    return digest.hexdigest()[:16]
+
+
+def digest_weights(checkpoint: Path) -> str:
+    """Of the weights of all parts."""
+    return digest_files(sorted(path for name in PART_NAMES for path in (checkpoint / name).glob("*.safetensors")))
+
+
 def link_other_parts(folder: Path, last: Path, parts: Iterable[str]) -> None:
     """Makes `last`, which holds `parts`, a whole checkpoint: everything else is that of `folder`."""
     own = {*parts} | ({"voices"} if PARTS_OF_A_VOICE & {*parts} else set())
@@ -134,29 +203,34 @@ def remake_voices(base: Path, folder: Path, parts: Iterable[str]) -> list[str]:
     Returns:
         `list[str]`: the voices that are gone.
     """
-    old = IndexTTS2ForTextToWaveform.from_pretrained(base)
-    model = IndexTTS2ForTextToWaveform.from_pretrained(folder)
+    paths = sorted((base / "voices").glob("*.safetensors"))
+    if not paths:
+        return []
     if {"semantic_encoder", "speaker_encoder"} & {*parts}:
-        model.config.default_voice = None
+        config = IndexTTS2Config.from_pretrained(folder)
+        config.default_voice = None
         (folder / "config.json").unlink()  # where it is a link, what it links to is kept
-        model.config.save_pretrained(folder)
-        return [*old.voices]
+        config.save_pretrained(folder)
+        return [path.stem for path in paths]
+    old_codec = load_part(IndexTTS2SemanticCodec, base, "semantic_codec")
+    model = IndexTTS2ForTextToWaveform.from_pretrained(folder)
     codec, fingerprint = model.semantic_codec, model.semantic_to_mel.fingerprint
-    for name, voice in old.voices.items():
+    (folder / "voices").mkdir(exist_ok=True)
+    for path in paths:
+        voice = VoicePrompt.load(path)
         speaker_features, emotion_features = (
-            codec.normalize(features * old.semantic_codec.feature_variance.sqrt() + old.semantic_codec.feature_mean)
+            codec.normalize(features * old_codec.feature_variance.sqrt() + old_codec.feature_mean)
             for features in (voice.speaker_features, voice.emotion_features)
         )
         with torch.no_grad():
             semantic_embeds = codec.encode(speaker_features[None]).semantic_embeds
             num_frames = torch.tensor([len(voice.prompt_mel)])
             content_embeds = model.s2m.regulate_length(semantic_embeds, None, num_frames)[0]
-        (folder / "voices").mkdir(exist_ok=True)
         replace(
             voice,
             speaker_features=speaker_features,
             emotion_features=emotion_features,
             content_embeds=content_embeds,
             checkpoint=fingerprint,
-        ).save(folder / "voices" / f"{name}.safetensors")
+        ).save(folder / "voices" / path.name)
     return []

@@ -6,6 +6,7 @@ Everything random about an example depends on the seed and on the number of its 
 makes it: a resumed run and a run on more processes see the same examples.
 """
 
+import argparse
 import csv
 import hashlib
 import io
@@ -24,8 +25,12 @@ from datasets import Array2D, Features, List, Value, concatenate_datasets, load_
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
+from checkpoint import digest_files
+
 
 SPLITS = ("train", "validation")
+# What a manifest may say of a clip.
+COLUMNS = ("file_name", "text", "speaker", "emotion", "language")
 # Optimiser steps among which rows of like length come together.
 BUCKET_STEPS = 32
 
@@ -58,7 +63,38 @@ class Clip:
     split: str | None = None
 
 
-def read_manifest(source: str | Path, columns: dict[str, str] | None = None) -> list[Clip]:
+class ColumnsAction(argparse.Action):
+    """Pairs `NAME=COLUMN` as a dictionary."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: list[str],
+        option_string: str | None = None,
+    ) -> None:
+        columns = dict(pair.partition("=")[::2] for pair in values)
+        if not all(columns.values()) or not columns.keys() <= set(COLUMNS):
+            raise argparse.ArgumentError(
+                self, f"{' '.join(values)} must be pairs NAME=COLUMN of the names {', '.join(COLUMNS)}"
+            )
+        setattr(namespace, self.dest, columns)
+
+
+def add_columns_argument(parser: argparse.ArgumentParser) -> None:
+    """The option `--columns` of the programs that read recordings: what `read_manifest` takes as `columns`."""
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        action=ColumnsAction,
+        metavar="NAME=COLUMN",
+        help="what a column is called in the manifest, for example speaker=speaker_id",
+    )
+
+
+def read_manifest(
+    source: str | Path, columns: dict[str, str] | None = None, required: tuple[str, ...] = ("text", "speaker")
+) -> list[Clip]:
     r"""
     The clips of a folder in the audiofolder layout (`metadata.csv` or `metadata.jsonl`, at its top or in the folders `train` and
     `validation`), of one such file anywhere, or of a `datasets` repository, whose test splits are left out.
@@ -68,6 +104,8 @@ def read_manifest(source: str | Path, columns: dict[str, str] | None = None) -> 
             Folder, `.csv` or `.jsonl` file, or repository: its name, or a folder with its parquet files.
         columns (`dict[str, str]`, *optional*):
             Names of the columns `file_name`, `text`, `speaker`, `emotion`, `language` where they are others.
+        required (`tuple[str, ...]`, defaults to `("text", "speaker")`):
+            Which of them must be there beside the file.
 
     Returns:
         `list[Clip]`, in the order of the manifest. Whether the audio can be read is not looked at.
@@ -75,10 +113,10 @@ def read_manifest(source: str | Path, columns: dict[str, str] | None = None) -> 
     Raises:
         ValueError: there is no manifest, it has no rows, or a column is missing.
     """
-    names = {name: name for name in ("file_name", "text", "speaker", "emotion", "language")} | (columns or {})
+    names = {name: name for name in COLUMNS} | (columns or {})
     path = Path(source)
     if not path.exists():
-        return _read_repository(str(source), names)
+        return _read_repository(str(source), names, required)
     if path.is_file():
         tables = {None: path}
     else:
@@ -86,16 +124,16 @@ def read_manifest(source: str | Path, columns: dict[str, str] | None = None) -> 
         found = {split: _find_table(folder) for split, folder in folders.items() if folder.is_dir()}
         tables = {split: table for split, table in found.items() if table is not None}
     if not tables and any(path.rglob("*.parquet")):
-        return _read_repository(str(path), names)
+        return _read_repository(str(path), names, required)
     if not tables:
         raise ValueError(
             f"{path} has no metadata.csv or metadata.jsonl, nor have its folders {' and '.join(SPLITS)}. Write one with the "
-            f"columns {', '.join(names.values())}, or name a manifest file."
+            f"columns {', '.join(names[name] for name in ('file_name', *required))}, or name a manifest file."
         )
     clips = []
     for split, table in tables.items():
         rows = _read_table(table)
-        _check_columns(rows, names, table)
+        _check_columns(rows, names, required, table)
         for row in rows:
             values = {name: _as_text(row.get(column)) for name, column in names.items()}
             file_name = values["file_name"]
@@ -120,8 +158,9 @@ def find_fault(clip: Clip, least_s: float = 0.0) -> str | None:
     `None` if it can; it needs `least_s` seconds.
     """
     audio = clip.audio
-    if isinstance(audio, dict):
-        audio = io.BytesIO(audio["bytes"]) if audio.get("bytes") is not None else audio.get("path")
+    if isinstance(audio, Mapping):
+        content = audio.get("bytes")
+        audio = audio.get("path") if content is None else io.BytesIO(content)
     if audio is None:
         return "the manifest names no file"
     try:
@@ -201,10 +240,10 @@ def _read_table(table: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_columns(rows: list[dict[str, Any]], names: dict[str, str], where: Any) -> None:
+def _check_columns(rows: list[dict[str, Any]], names: dict[str, str], required: tuple[str, ...], where: Any) -> None:
     if not rows:
         raise ValueError(f"{where} has no rows: there is nothing to learn from.")
-    missing = [names[name] for name in ("file_name", "text", "speaker") if names[name] not in rows[0]]
+    missing = [names[name] for name in ("file_name", *required) if names[name] not in rows[0]]
     if missing:
         raise ValueError(
             f"{where} has no column {' or '.join(map(repr, missing))}, but {', '.join(map(repr, rows[0]))}. "
@@ -212,7 +251,7 @@ def _check_columns(rows: list[dict[str, Any]], names: dict[str, str], where: Any
         )
 
 
-def _read_repository(repository: str, names: dict[str, str]) -> list[Clip]:
+def _read_repository(repository: str, names: dict[str, str], required: tuple[str, ...]) -> list[Clip]:
     # Decoded here, by soundfile: the library's own decoder needs torchcodec.
     names = names | ({"file_name": "audio"} if names["file_name"] == "file_name" else {})
     try:
@@ -225,7 +264,8 @@ def _read_repository(repository: str, names: dict[str, str]) -> list[Clip]:
     for split, table in tables.items():
         if split.startswith("test"):
             continue
-        _check_columns([dict.fromkeys(table.column_names)] if len(table) else [], names, f"{repository} ({split})")
+        header = [dict.fromkeys(table.column_names)] if len(table) else []
+        _check_columns(header, names, required, f"{repository} ({split})")
         audio = table.select_columns(names["file_name"]).cast_column(names["file_name"], datasets.Audio(decode=False))
         columns = {name: column for name, column in names.items() if name != "file_name" and column in table.features}
         labels = {
@@ -233,7 +273,9 @@ def _read_repository(repository: str, names: dict[str, str]) -> list[Clip]:
             for name, column in columns.items()
             if isinstance(table.features[column], datasets.ClassLabel)
         }
-        for index, row in enumerate(table.select_columns(list(columns.values()))):
+        # A table without columns has no rows.
+        rows = table.select_columns(list(columns.values())) if columns else [{}] * len(table)
+        for index, row in enumerate(rows):
             values = {name: row[column] for name, column in columns.items()}
             for name, label_names in labels.items():
                 number = values[name]
@@ -244,8 +286,8 @@ def _read_repository(repository: str, names: dict[str, str]) -> list[Clip]:
                 Clip(
                     clip=clip,
                     audio=StoredAudio(audio, index),
-                    speaker=_speaker_of(values["speaker"], clip),
-                    text=values["text"] or "",
+                    speaker=_speaker_of(values.get("speaker"), clip),
+                    text=values.get("text") or "",
                     emotion=values.get("emotion"),
                     language=values.get("language"),
                     split=split if split in SPLITS else None,
@@ -305,9 +347,9 @@ def made_with(checkpoint: Path) -> dict[str, Any]:
     settings = {
         name: json.loads((checkpoint / name / "config.json").read_text()) for name in ("t2s", "semantic_codec", "s2m")
     }
-    digests = {"vocabulary": _digest([checkpoint / "bpe.model"])}
+    digests = {"vocabulary": digest_files([checkpoint / "bpe.model"])}
     for name in ("semantic_encoder", "semantic_codec", "speaker_encoder"):
-        digests[name] = _digest(sorted((checkpoint / name).glob("*.safetensors")))
+        digests[name] = digest_files(sorted((checkpoint / name).glob("*.safetensors")))
     return {
         "text_vocab_size": settings["t2s"]["text_vocab_size"],
         "feature_size": settings["semantic_codec"]["feature_size"],
@@ -316,19 +358,6 @@ def made_with(checkpoint: Path) -> dict[str, Any]:
         "speaker_embed_dim": settings["s2m"]["speaker_embed_dim"],
         **digests,
     }
-
-
-def _digest(files: list[Path]) -> str:
-    """Of their sizes and of samples of what they hold: the released speech encoder has two gigabytes, and training moves all."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with open(path, "rb") as file:
-            for block in range(256):
-                file.seek(size * block // 256)
-                digest.update(file.read(2**14))
-    return digest.hexdigest()[:16]
 
 
 def load_features(folder: str | Path, split: str, checkpoint: Path | None = None) -> datasets.Dataset:
@@ -458,14 +487,25 @@ class T2SDataset(Dataset):
         seed (`int`): of prompts and free lengths.
         free_length_probability (`float`, defaults to 0.3): how often the length is not told (paper, section 3.1.1).
         with_emotion (`bool`, defaults to `False`): whether there is an emotion prompt.
+        prompts (`datasets.Dataset`, *optional*):
+            Further clips, which are prompts alone: for held-out clips those to learn from, for a small folder holds out one or
+            two of a speaker.
 
     Raises:
-        ValueError: no speaker has two clips.
+        ValueError: no clip has another one of its speaker.
     """
 
     def __init__(
-        self, features: datasets.Dataset, seed: int, free_length_probability: float = 0.3, with_emotion: bool = False
+        self,
+        features: datasets.Dataset,
+        seed: int,
+        free_length_probability: float = 0.3,
+        with_emotion: bool = False,
+        prompts: datasets.Dataset | None = None,
     ):
+        rows = range(len(features))
+        if prompts is not None:
+            features = concatenate_datasets([features, prompts]).with_format("numpy")
         self.features = features
         self.seed = seed
         self.free_length_probability = free_length_probability
@@ -475,15 +515,24 @@ class T2SDataset(Dataset):
         self.speaker_names = sorted(set(self.speakers))
         self.speaker_numbers = {name: number for number, name in enumerate(self.speaker_names)}
         self.rows_of_speaker: dict[str, list[int]] = defaultdict(list)
-        for row, speaker in enumerate(self.speakers):
+        clips_of_speaker: dict[str, set[str]] = defaultdict(set)
+        for row, (clip, speaker) in enumerate(zip(self.clips, self.speakers, strict=True)):
             self.rows_of_speaker[speaker].append(row)
-        clips_of_speaker = {name: {self.clips[row] for row in rows} for name, rows in self.rows_of_speaker.items()}
-        self.targets = [row for row, speaker in enumerate(self.speakers) if len(clips_of_speaker[speaker]) > 1]
-        self.lone_speakers = sorted(name for name, clips in clips_of_speaker.items() if len(clips) == 1)
+            clips_of_speaker[speaker].add(clip)
+        self.targets = [row for row in rows if len(clips_of_speaker[self.speakers[row]]) > 1]
+        self.lone_speakers = sorted(
+            {self.speakers[row] for row in rows} - {self.speakers[row] for row in self.targets}
+        )
         if not self.targets:
+            if prompts is not None:
+                raise ValueError(
+                    f"None of the {len(rows)} held-out clips has another clip of its speaker as a prompt, held out or in the "
+                    "training split. Hold out clips of speakers that have more."
+                )
             raise ValueError(
-                f"No speaker has two clips ({len(self.speaker_names)} speakers, {len(set(self.clips))} clips), but prompt and target are "
-                "different clips of one speaker. Check the column `speaker`, or cut long recordings into several clips."
+                f"No speaker of the training split has two clips ({len(self.speaker_names)} speakers, {len(set(self.clips))} clips), but "
+                "prompt and target are different clips of one speaker. Check the column `speaker`, or cut long recordings into "
+                "several clips."
             )
         self.lengths = [lengths[row] for row in self.targets]
 

@@ -47,6 +47,7 @@ from indextts2_hf import (
     IndexTTS2Tokenizer,
     IndexTTS2Vocoder,
 )
+from indextts2_hf.modeling_t2s import sinusoidal_positions
 from run import run_program
 
 
@@ -90,7 +91,7 @@ those of `{sizes}`, drawn with the seed {seed} by `training/make_checkpoint.py`.
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make a new checkpoint with random weights.")
+    parser = argparse.ArgumentParser(description="Make a new checkpoint with random weights.", allow_abbrev=False)
     parser.add_argument(
         "--sizes", required=True, type=Path, metavar="FILE", help="YAML file with the sizes of all parts"
     )
@@ -289,6 +290,10 @@ def initialize(model: IndexTTS2ForTextToWaveform) -> None:
     # No emotion is added by a model that has not learnt any.
     nn.init.zeros_(model.t2s.emotion_out_proj.weight)
     nn.init.zeros_(model.t2s.emotion_out_proj.bias)
+    # Neighbouring positions begin alike: a count that was never asked for in training is then read like those around it.
+    for table in (model.t2s.text_position_embedding, model.t2s.semantic_position_embedding):
+        scale = model.t2s.config.initializer_range * 2**0.5
+        table.weight.copy_(scale * sinusoidal_positions(*table.weight.shape, table.weight.device))
     # Velocity is data less noise, which is the mean of the data until something is learnt.
     nn.init.constant_(model.s2m.velocity_projection.bias, MEAN_LOG_MEL)
     # The embedding would be 1e-4 large and hardly depend on the voice: nothing restores the level that the layers lose.
@@ -351,6 +356,10 @@ def write_checkpoint(
         pipeline.save_pretrained(temporary)
         card = CARD.format(name=folder.name, sizes=sizes, seed=seed)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        # Weights are written readable to their owner alone; here whoever may read the folder may read them.
+        mode = temporary.stat().st_mode & 0o666
+        for path in temporary.rglob("*.safetensors"):
+            path.chmod(mode)
         if folder.is_dir():
             folder.rmdir()
         os.replace(temporary, folder)

@@ -38,10 +38,10 @@ import numpy as np
 import soxr
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
-from data import SPLITS, Clip, choose_splits, feature_columns, made_with, read_manifest
+from checkpoint import find_checkpoint
+from data import SPLITS, Clip, add_columns_argument, choose_splits, feature_columns, made_with, read_manifest
 from indextts2_hf import (
     IndexTTS2FeatureExtractor,
     IndexTTS2Processor,
@@ -54,8 +54,6 @@ from run import positive_int, run_program
 
 
 DEFAULT_MAX_DURATION_S = 15.0
-# What `--columns` may name.
-COLUMNS = {"file_name", "text", "speaker", "emotion", "language"}
 # Files of the output.
 FEATURES, SETTINGS, REPORT = "features.json", "settings.json", "report.jsonl"
 
@@ -84,17 +82,13 @@ class Skipped(Exception):
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make the features that the training programs read.")
+    parser = argparse.ArgumentParser(
+        description="Make the features that the training programs read.", allow_abbrev=False
+    )
     parser.add_argument("source", help="folder of recordings, manifest file, or repository of `datasets`")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="checkpoint that makes the features")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where they are written")
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        default=[],
-        metavar="NAME=COLUMN",
-        help="what a column is called in the manifest, for example speaker=speaker_id",
-    )
+    add_columns_argument(parser)
     parser.add_argument(
         "--speeds",
         nargs="+",
@@ -137,11 +131,6 @@ def parse() -> argparse.Namespace:
         parser.error(f"--validation_fraction {arguments.validation_fraction} must be at least 0 and below 1")
     if arguments.max_duration_s is not None and not arguments.max_duration_s > 0:
         parser.error(f"--max_duration_s {arguments.max_duration_s} must be above 0")
-    arguments.columns = dict(pair.partition("=")[::2] for pair in arguments.columns)
-    if not all(arguments.columns.values()) or not arguments.columns.keys() <= COLUMNS:
-        parser.error(
-            f"--columns {arguments.columns} must be pairs NAME=COLUMN of the names {', '.join(sorted(COLUMNS))}"
-        )
     try:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
@@ -424,8 +413,10 @@ def open_output(output: Path, settings: dict[str, Any]) -> None:
 
 
 def sum_up(shards: list[Shard], report: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of what the shards hold, by split; speakers who have one clip there are added to the report."""
+    """Counts of what the shards hold, by split; speakers whose one clip has no other as a prompt are added to the report."""
     counts = {name: dict.fromkeys(SPLITS, 0) for name in ("clips", "rows", "seconds", "speakers")}
+    # Clips to learn from are prompts of held-out ones too.
+    known = set()
     for split in SPLITS:
         clips_of_speaker = defaultdict(set)
         for shard in shards:
@@ -437,8 +428,11 @@ def sum_up(shards: list[Shard], report: list[dict[str, Any]]) -> dict[str, Any]:
                 counts["rows"][split] += len(table)
         counts["clips"][split] = sum(map(len, clips_of_speaker.values()))
         counts["speakers"][split] = len(clips_of_speaker)
-        lone = sorted(speaker for speaker, clips in clips_of_speaker.items() if len(clips) == 1)
+        lone = sorted(
+            speaker for speaker, clips in clips_of_speaker.items() if len(clips) == 1 and speaker not in known
+        )
         report += [{"speaker": speaker, "split": split, "reason": "one clip of the speaker"} for speaker in lone]
+        known |= clips_of_speaker.keys()
     return counts
 
 
@@ -463,7 +457,7 @@ def say_summary(counts: dict[str, Any], report: list[dict[str, Any]], output: Pa
             say(f"  {len(lone)} speakers have one clip only and so no prompt for train_t2s.py: {names}")
         if counts["clips"][split] and len(lone) == counts["speakers"][split]:
             say(
-                "  no speaker has two: train_t2s.py cannot use this split. More clips, or another --validation_fraction, help."
+                "  no clip has a prompt: train_t2s.py cannot use this split. More clips, or another --validation_fraction, help."
             )
     for reason, count in count_reasons(report).most_common():
         say(f"left out: {count} x {reason}")
@@ -475,14 +469,7 @@ def main() -> None:
     arguments = parse()
     quiet()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    checkpoint = Path(arguments.model)
-    if not checkpoint.is_dir():
-        try:
-            checkpoint = Path(snapshot_download(arguments.model))
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"--model {arguments.model} is neither a folder here nor a repository: {error}"
-            ) from error
+    checkpoint = find_checkpoint(arguments.model)
     check_settings_files(str(checkpoint))
     longest = IndexTTS2FeatureExtractor.from_pretrained(checkpoint / "feature_extractor").max_audio_s
     max_duration_s = arguments.max_duration_s or min(DEFAULT_MAX_DURATION_S, longest)

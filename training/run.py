@@ -22,15 +22,23 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, gather_object, send_to_device, set_seed
-from huggingface_hub import snapshot_download
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, DistributedType, gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoint import PARTS_OF_A_VOICE, copy_checkpoint, link_other_parts, remake_voices, write_part
+from checkpoint import (
+    PARTS_OF_A_VOICE,
+    copy_checkpoint,
+    digest_weights,
+    find_checkpoint,
+    link_other_parts,
+    remake_voices,
+    write_part,
+)
 from data import EndlessBatchSampler
 from indextts2_hf.hub import write_model_card
 
@@ -138,7 +146,12 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
                 continue
             values = [] if value is True else value if isinstance(value, list) else [value]
             options += [f"--{name}", *map(str, values)]
-    return parser.parse_args([*options, *argv])
+    arguments = parser.parse_args([*options, *argv])
+    available = [tracker.value for tracker in get_available_trackers()]
+    for name in arguments.report_to:
+        if name not in available:  # Accelerate would leave it out without a word
+            parser.error(f"--report_to {name} is not installed: `pip install {name}`")
+    return arguments
 
 
 def run_program(main: Callable[[], None]) -> None:
@@ -168,6 +181,8 @@ class Run:
             Whether the run folder becomes a whole checkpoint; an adapter is saved alone.
         higher_is_better (`bool`, defaults to `False`):
             Which way the figure given to `keep_best` is better.
+        can_shard (`bool`, defaults to `False`):
+            Whether the weights may be shared out over devices (FSDP). Accelerate allows it for one prepared module.
 
     Attributes:
         base (`Path`): folder of the checkpoint to start from.
@@ -177,7 +192,8 @@ class Run:
         evaluations_since_best (`int`): how many came after it, for programs that stop early.
 
     Raises:
-        ValueError: there is no checkpoint, the folder holds a run already, or the resumed run had other options.
+        ValueError: there is no checkpoint, the folder holds a run already, the resumed run had other options, or the launcher
+            shares out weights that cannot be.
         OSError: the folder cannot be written.
     """
 
@@ -187,6 +203,7 @@ class Run:
         parts: tuple[str, ...],
         is_checkpoint: bool = True,
         higher_is_better: bool = False,
+        can_shard: bool = False,
     ):
         disable_progress_bar()  # of loading and saving; the one of the steps is ours
         self.arguments = arguments
@@ -209,22 +226,24 @@ class Run:
         self.step = 0
         self.best: float | None = None
         self.evaluations_since_best = 0
+        # Of the weights as they are, no loss has been computed yet since their state was saved or read.
+        self._is_state_unproven = False
         self._pending: dict[str, list[float]] = {}
         self._stop_signal: str | None = None
         self._stop_agreed = False
         self._progress: tqdm | None = None
 
-        self.base = Path(arguments.model)
-        if not self.base.is_dir():
-            self.base = Path(snapshot_download(arguments.model))
-        if not (self.base / "config.json").is_file():
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and not can_shard:
             raise ValueError(
-                f"--model {self.base} is no checkpoint: it has no config.json. Download, convert or make one."
+                f"This program does not share its weights out over devices ({kind.value}): they fit into one. Launch it with one "
+                "process for each device."
             )
+        self.base = find_checkpoint(arguments.model)
         self._state = self._find_state()
         if self._state is not None:
             saved = json.loads((self._state / "run.json").read_text())
-            self._check_options(saved["arguments"])
+            self._check_options(saved)
             self.step, self.best, self._pending = saved["step"], saved["best"], saved["pending"]
             self.evaluations_since_best = saved["evaluations_since_best"]
         if self.is_main:
@@ -240,8 +259,7 @@ class Run:
                     f"--output {self.folder} cannot be written: {error.strerror}. Name another folder."
                 ) from error
         self.accelerator.wait_for_everyone()
-        # Alike in what is made (models), different in what is drawn per process (dropout).
-        set_seed(arguments.seed, device_specific=True)
+        set_seed(arguments.seed)  # of models that are made; what is drawn in each process begins with `batches`
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
         if arguments.report_to:
@@ -273,13 +291,17 @@ class Run:
         return states[-1] if states else None
 
     def _check_options(self, saved: dict[str, Any]) -> None:
-        now = jsonable(self.arguments)
-        names = (now.keys() | saved.keys()) - FREE_ON_RESUME
+        before, now = saved["arguments"], jsonable(self.arguments)
+        names = (now.keys() | before.keys()) - FREE_ON_RESUME
         changed = [
-            f"--{name} {saved.get(name)} (now {now.get(name)})"
+            f"--{name} {before.get(name)} (now {now.get(name)})"
             for name in sorted(names)
-            if saved.get(name) != now.get(name)
+            if before.get(name) != now.get(name)
         ]
+        if saved["num_processes"] != self.accelerator.num_processes:
+            changed.append(f"{saved['num_processes']} processes (now {self.accelerator.num_processes})")
+        if saved["base"] != digest_weights(self.base):
+            changed.append(f"other weights than --model {self.base} has")
         if changed:
             raise ValueError(
                 f"The run in {self.folder} was begun with {', '.join(changed)}. Resume with the same, or begin another run."
@@ -331,6 +353,7 @@ class Run:
             collate_fn=collate,
             num_workers=arguments.num_workers,
             persistent_workers=arguments.num_workers > 0,
+            worker_init_fn=leave_group,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # torch's global one is for dropout, which a resumed run repeats
         )
@@ -339,12 +362,16 @@ class Run:
         """Weights, optimiser, schedule and random states of the run that is continued; call it after `prepare`."""
         if self._state is not None:
             self.accelerator.load_state(str(self._state))
+            self._is_state_unproven = True
             self.say(f"Continuing {self.folder} at step {self.step}.")
 
     # --- in the loop ---------------------------------------------------------------------------------------------------
 
     def batches(self, loader: DataLoader) -> Iterator[Any]:
         """The loader's batches under a progress bar with loss and time left."""
+        if self._state is None:
+            # What is drawn from here on, such as dropout, is each process's own. A state that was read brings its draws.
+            set_seed(self.arguments.seed, device_specific=True)
         self._progress = tqdm(
             total=self.arguments.max_train_steps,
             initial=self.step,
@@ -362,7 +389,7 @@ class Run:
         The loss of a batch over all processes, recorded under `name`. Call it before `backward`.
 
         Raises:
-            FloatingPointError: it is no number; the message names the clips. Nothing was written since it was one.
+            FloatingPointError: it is no number; the message names the clips. A state of such weights is not kept.
         """
         flags = [loss.detach().float(), torch.tensor(float(self._stop_signal is not None), device=loss.device)]
         values = self.accelerator.gather(torch.stack(flags)[None])
@@ -370,9 +397,8 @@ class Run:
         mean = values[:, 0].mean().item()
         if not math.isfinite(mean):
             names = gather_object([] if math.isfinite(flags[0].item()) else list(ids))
-            raise FloatingPointError(
-                f"The {name} is {mean} at step {self.step + 1}, in the batch of {', '.join(names)}. What was saved before is good: "
-                "look at these clips, or --resume with a lower --learning_rate or another --mixed_precision."
+            raise self._ruined(
+                f"The {name} is {mean} at step {self.step + 1}, in the batch of {', '.join(names)}: look at these"
             )
         self._record(name, mean)
         return mean
@@ -382,10 +408,7 @@ class Run:
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.arguments.max_grad_norm))
         # Under fp16 the gradient scaler leaves such a step out and lowers its scale.
         if not math.isfinite(norm) and self.arguments.mixed_precision != "fp16":
-            raise FloatingPointError(
-                f"The gradient is {norm} at step {self.step + 1} though the loss is a number. What was saved before is good: "
-                "--resume with a lower --learning_rate or another --mixed_precision."
-            )
+            raise self._ruined(f"The gradient is {norm} at step {self.step + 1} though the loss is a number")
         self._record("gradient_norm", norm)
 
     def record(self, figures: dict[str, torch.Tensor | float]) -> None:
@@ -403,6 +426,7 @@ class Run:
 
     def advance(self, learning_rate: float) -> None:
         """One optimiser step is done."""
+        self._prove_state(is_good=True)
         self.step += 1
         loss = self._pending["loss"][-1]
         self._progress.update()
@@ -465,7 +489,9 @@ class Run:
         self.log({f"eval/{key}": figure for key, figure in figures.items()})
         self.say(f"step {self.step}: " + ", ".join(f"{key} {figure:.4g}" for key, figure in figures.items()))
 
-    def keep_best(self, figures: dict[str, float], name: str, models: dict[str, nn.Module]) -> bool:
+    def keep_best(
+        self, figures: dict[str, float], name: str, models: dict[str, nn.Module | Callable[[Path], None]]
+    ) -> bool:
         """
         Logs an evaluation and, if `figures[name]` is the best so far, writes the models as parts of the run folder.
 
@@ -474,34 +500,44 @@ class Run:
         """
         value = figures[name]
         self.log_evaluation(figures)
-        is_first = self.best is None
-        is_best = is_first or (value > self.best if self.higher_is_better else value < self.best)
+        is_best = math.isfinite(value) and (
+            self.best is None or (value > self.best if self.higher_is_better else value < self.best)
+        )
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
-        if is_best and math.isfinite(value):
+        if is_best:
             self.best = value
             # At step 0 the folder holds these weights already.
             if self.step > 0:
                 self.save_parts(self.folder, models)
         return is_best
 
-    def save_parts(self, folder: Path, models: dict[str, nn.Module | Callable[[Path], None]]) -> None:
+    def save_parts(self, folder: Path, models: dict[str, nn.Module | Callable[[Path], None]]) -> list[str]:
         """
-        Writes the models as parts of a checkpoint folder. What is not saved as it is trained (an adapter, and the model it is
-        merged into) is a function that writes into the folder it is given; the main process calls it.
+        Writes the models as parts of a checkpoint folder, and its voices as they are with them. What is not saved as it is trained
+        (an adapter, and the model it is merged into) is a function that writes into the folder it is given; the main process
+        calls it.
+
+        Returns:
+            `list[str]`: the voices that are gone, because only their recordings could tell what the models hear.
         """
+        has_voices, gone = bool(PARTS_OF_A_VOICE & set(self.parts)), []
+        if has_voices and self.is_main:
+            shutil.rmtree(folder / "voices", ignore_errors=True)
         for name, model in models.items():
             is_module = isinstance(model, nn.Module)
             weights = self.accelerator.get_state_dict(model) if is_module else None
             if self.is_main:
-                part = self.accelerator.unwrap_model(model) if is_module else model
-                write_part(folder, name, part, weights)
-                if PARTS_OF_A_VOICE & set(self.parts):
-                    # They were made with the part that is replaced; `finish` makes them anew.
-                    shutil.rmtree(folder / "voices", ignore_errors=True)
-            self.accelerator.wait_for_everyone()
+                write_part(folder, name, self.accelerator.unwrap_model(model) if is_module else model, weights)
+        if has_voices and self.is_main:
+            gone = remake_voices(self.base, folder, self.parts)
+        self.accelerator.wait_for_everyone()
+        return gone
 
     def save_state(self) -> None:
-        """What `--resume` needs, in the place of the state before it."""
+        """
+        What `--resume` needs. The state before it is deleted after the next step: one that was too large leaves numbers in
+        loss and gradient, but weights that give none.
+        """
         states = self.folder / "state"
         temporary, final = states / f".step-{self.step:08d}", states / f"step-{self.step:08d}"
         if final.is_dir():
@@ -515,55 +551,72 @@ class Run:
                     "best": self.best,
                     "evaluations_since_best": self.evaluations_since_best,
                     "pending": self._pending,
+                    "num_processes": self.accelerator.num_processes,
+                    "base": digest_weights(self.base),
                     "arguments": jsonable(self.arguments),
                 }
                 (temporary / "run.json").write_text(json.dumps(saved, indent=2))
                 os.replace(temporary, final)
-                for path in states.iterdir():
-                    if path != final:
-                        shutil.rmtree(path)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
                 f"The state of step {self.step} could not be written to {states}: {error}. The state before it is whole; make "
                 "room, then --resume."
             ) from error
+        self._is_state_unproven = True
         self.accelerator.wait_for_everyone()
 
-    def _check_weights(self, models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
-        """Before a state is saved: a step that was too large leaves numbers in loss and gradient, and none in the weights."""
-        if not all(torch.isfinite(weight).all() for model in models for weight in model.parameters()):
-            raise FloatingPointError(
-                f"The weights are no numbers after step {self.step}. What was saved before is good: --resume with a lower "
-                "--learning_rate or another --mixed_precision."
-            )
+    def _prove_state(self, is_good: bool) -> None:
+        """Of the two newest states keeps the newer one if a step could be made from it, and otherwise the older one."""
+        if self.is_main and self._is_state_unproven:
+            states = sorted(self.folder.glob("state/step-*"))
+            for path in states[:-1] if is_good else states[1:]:
+                shutil.rmtree(path)
+        self._is_state_unproven = False
 
-    def finish(self, models: dict[str, nn.Module]) -> None:
-        """Writes `last/` and the card, makes the voices anew, closes the trackers."""
+    def _ruined(self, fault: str) -> FloatingPointError:
+        self._prove_state(is_good=False)
+        best = f", perhaps from the best weights of this one, --model {self.folder}" if self.is_checkpoint else ""
+        return FloatingPointError(
+            f"{fault}. What was saved before is good. Begin another run with a lower --learning_rate or another "
+            f"--mixed_precision{best}."
+        )
+
+    def _check_weights(self, models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        """Called by Accelerate before it saves a state."""
+        if not all(torch.isfinite(weight).all() for model in models for weight in model.parameters()):
+            raise self._ruined(f"The weights are no numbers after step {self.step}")
+
+    def finish(self, models: dict[str, nn.Module | Callable[[Path], None]]) -> None:
+        """Writes `last/` and the card, closes the trackers."""
         self.save_state()
+        self._prove_state(is_good=True)
         last = self.folder / "last"
         if self.is_main:
             last.mkdir(exist_ok=True)
-        self.accelerator.wait_for_everyone()
-        self.save_parts(last, models)
-        if self.is_main:
-            (self.folder / "run.json").write_text(
-                json.dumps({"step": self.step, "best": self.best, "arguments": jsonable(self.arguments)}, indent=2)
-            )
             if self.is_checkpoint:
                 write_model_card(self.folder, name=self.folder.name)
                 link_other_parts(self.folder, last, self.parts)
-            if PARTS_OF_A_VOICE & set(self.parts):
-                for folder in (self.folder, last):
-                    gone = remake_voices(self.base, folder, self.parts)
-                if gone:
-                    self.say(f"The voices {', '.join(gone)} are gone: make them again with `indextts2 voice`.")
+        self.accelerator.wait_for_everyone()
+        gone = self.save_parts(last, models)
+        if gone:
+            self.say(f"The voices {', '.join(gone)} are gone: make them again with `indextts2 voice`.")
+        if self.is_main:
+            summary = {"step": self.step, "best": self.best, "arguments": jsonable(self.arguments)}
+            temporary = self.folder / ".run.json.tmp"
+            temporary.write_text(json.dumps(summary, indent=2))
+            os.replace(temporary, self.folder / "run.json")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if self._stop_agreed:
             self.say(f"Stopped by {self._stop_signal or 'a signal'} at step {self.step}: add --resume to continue.")
         else:
             self.say(f"{self.folder}: step {self.step}, best {self.best}.")
+
+
+def leave_group(worker: int) -> None:
+    """A signal to the group of a program, which launchers send, is for the program: it still needs its loading processes."""
+    os.setpgrp()
 
 
 def jsonable(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -26,21 +26,19 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
 from peft import LoraConfig
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import LogitsProcessorList, get_cosine_schedule_with_warmup
 
-from checkpoint import load_part
+from checkpoint import load_part, save_trained_weights_alone
 from data import T2SDataset, collate_t2s, load_features
 from indextts2_hf import IndexTTS2T2SForConditionalGeneration
 from indextts2_hf.generation_t2s import SeededSamplingLogitsProcessor
 from indextts2_hf.hub import write_adapter_card
 from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
+from train_t2s import token_accuracy
 
 
 FIGURE = "semantic_cross_entropy_per_token"
@@ -111,18 +109,6 @@ def load_clips(folder: str, split: str, checkpoint: Path, emotion: str | None = 
     return features.select(rows)
 
 
-def make_held_out_set(held_out: datasets.Dataset, train: datasets.Dataset, *options: Any) -> T2SDataset:
-    """The held-out clips as targets. Their prompts may be training clips: a small folder holds out one or two of a speaker."""
-    dataset = T2SDataset(datasets.concatenate_datasets([held_out, train]).with_format("numpy"), *options)
-    dataset.targets = [row for row in dataset.targets if row < len(held_out)]
-    if not dataset.targets:
-        raise ValueError(
-            f"None of the {len(held_out)} held-out clips has another clip of its speaker as a prompt. Hold out clips of speakers "
-            "that have more."
-        )
-    return dataset
-
-
 class WithReplay(Dataset):
     r"""
     The clips of the style, and in a share of the draws a clip of ordinary speech instead.
@@ -148,13 +134,6 @@ class WithReplay(Dataset):
         if rng.random() < self.share:
             return self.replay[int(rng.integers(len(self.replay))), draw]
         return self.style[index, draw]
-
-
-def token_accuracy(logits: torch.Tensor, labels: torch.LongTensor, stop_token_id: int) -> torch.Tensor:
-    """Share of the tokens, stop included, whose most likely id is right, in teacher forcing: the mean over rows."""
-    num_codes = (labels >= 0).sum(dim=1, keepdim=True)
-    targets = nn.functional.pad(labels, (0, 1), value=-100).scatter(1, num_codes, stop_token_id)
-    return ((logits.argmax(dim=-1) == targets).sum(dim=1) / (num_codes[:, 0] + 1)).mean()
 
 
 @torch.no_grad()
@@ -205,34 +184,6 @@ def evaluate(run: Run, model: nn.Module, held_out_sets: dict[str, T2SDataset], s
     figures |= run.mean_over_rows(batches)
     model.train()
     return figures
-
-
-def save_adapter_alone(accelerator: Accelerator, base_fingerprint: str) -> None:
-    """Leaves the base out of saved states: it is where it was."""
-
-    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        weights.clear()
-        if accelerator.is_main_process:
-            trained = {
-                name: parameter.detach().cpu()
-                for name, parameter in accelerator.unwrap_model(models[0]).named_parameters()
-                if parameter.requires_grad
-            }
-            save_file(trained, Path(folder) / "adapter.safetensors", {"base": base_fingerprint})
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        path = Path(folder) / "adapter.safetensors"
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata()["base"]
-        if found != base_fingerprint:
-            raise ValueError(
-                f"The run was begun on a base with the weights {found}, but --model has {base_fingerprint}. Resume with the base "
-                "that it was begun with."
-            )
-        accelerator.unwrap_model(models.pop()).load_state_dict(load_file(path), strict=False)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
 
 
 def describe(features: datasets.Dataset, folder: str, emotion: str | None) -> dict[str, str]:
@@ -287,25 +238,23 @@ def main() -> None:
         )
     run = Run(arguments, parts=("t2s",), is_checkpoint=False)
     accelerator = run.accelerator
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"This program does not share the weights out over devices ({accelerator.distributed_type}): the base is frozen and "
-            "fits into one. Launch it with one process for each device."
-        )
 
     # Data
     options = (arguments.seed, arguments.free_length_probability, True)
     clips = load_clips(arguments.data, "train", run.base, arguments.emotion)
     style = train_set = T2SDataset(clips, *options)
     held_out = load_clips(arguments.data, "validation", run.base, arguments.emotion)
-    held_out_sets = {"": make_held_out_set(held_out, clips, *options)}
+    held_out_sets = {"": T2SDataset(held_out, *options, prompts=clips)}
     if arguments.replay is not None:
         replay = T2SDataset(load_features(arguments.replay, "train", run.base), *options)
         train_set = WithReplay(style, replay, arguments.replay_share, arguments.seed)
         held_out = load_features(arguments.replay, "validation", run.base)
-        held_out_sets["replay_"] = make_held_out_set(held_out, replay.features, *options)
-    if style.lone_speakers:
-        run.say(f"{len(style.lone_speakers)} speakers have one clip alone, which has no prompt: left out.")
+        held_out_sets["replay_"] = T2SDataset(held_out, *options, prompts=replay.features)
+    for split, dataset in (("training", style), ("held-out", held_out_sets[""])):
+        if dataset.lone_speakers:
+            run.say(
+                f"{len(dataset.lone_speakers)} speakers of the {split} split have one clip alone, which has no prompt: left out."
+            )
     loader = run.make_loader(train_set, collate_t2s, style.lengths)
 
     # Model
@@ -334,7 +283,7 @@ def main() -> None:
         t2s.gradient_checkpointing_enable({"use_reentrant": False})
     t2s.train()
     stop_token_id, token_rate = t2s.config.semantic_stop_token_id, t2s.config.semantic_token_rate
-    save_adapter_alone(accelerator, t2s.fingerprint)
+    save_trained_weights_alone(accelerator, t2s.fingerprint)
 
     def write_adapter(folder: Path) -> None:
         accelerator.unwrap_model(t2s).save_pretrained(folder)

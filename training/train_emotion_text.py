@@ -40,14 +40,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel, get_cosine_schedule_with_warmup
 
+from checkpoint import save_trained_weights_alone
 from indextts2_hf import EMOTIONS, EmotionTextModel
 from indextts2_hf.emotion import CHINESE_EMOTIONS, emotion_scores, read_emotion_answer
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
@@ -55,8 +53,6 @@ from run import Run, add_run_arguments, parse_arguments, positive_int, run_progr
 
 # The linear layers of a Qwen3 block.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# In a saved state.
-ADAPTER_FILE = "adapter.safetensors"
 
 
 def parse() -> argparse.Namespace:
@@ -375,39 +371,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_adapter_alone(accelerator: Accelerator, base_fingerprint: str) -> None:
-    """Leaves the frozen weights out of saved states: the language model is where it was."""
-
-    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        adapter = get_peft_model_state_dict(accelerator.unwrap_model(models[0]), save_embedding_layers=False)
-        weights.clear()
-        if accelerator.is_main_process:
-            save_file(adapter, Path(folder) / ADAPTER_FILE, {"base": base_fingerprint})
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        path = Path(folder) / ADAPTER_FILE
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata()["base"]
-        if found != base_fingerprint:
-            raise ValueError(
-                f"The adapter in {folder} belongs to a language model with the fingerprint {found}, but the one given now has "
-                f"{base_fingerprint}. Resume with the --model and --language_model that the run was begun with."
-            )
-        set_peft_model_state_dict(accelerator.unwrap_model(models.pop()), load_file(path))
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 def main() -> None:
     arguments = parse()
     run = Run(arguments, parts=("emotion_text",))
     accelerator = run.accelerator
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            f"This program does not share the weights out over devices ({accelerator.distributed_type}): a small language "
-            "model and its adapter fit into one. Launch it with one process for each device."
-        )
 
     # Data and model. The adapter is trained in float32; what is written is in the dtype that the language model came in.
     texts, held_out_texts = read_splits(Path(arguments.data), arguments.validation_fraction, arguments.seed)
@@ -416,7 +383,7 @@ def main() -> None:
     train_set, held_out_set = (EmotionTextDataset(rows, emotion_text) for rows in (texts, held_out_texts))
     emotion_ids = emotion_token_ids(emotion_text) if arguments.soft_label_weight else None
     saved_dtype = emotion_text.model.dtype
-    save_adapter_alone(accelerator, fingerprint(emotion_text.model))
+    save_trained_weights_alone(accelerator, fingerprint(emotion_text.model))
     # `emotion_text.model` is this model too: the adapter's layers are put into it.
     model = get_peft_model(
         emotion_text.model.float(),

@@ -410,7 +410,7 @@ def evaluate(
 
 def main() -> None:
     arguments = parse()
-    run = Run(arguments, parts=("s2m",))
+    run = Run(arguments, parts=("s2m",), can_shard=True)
     accelerator = run.accelerator
 
     # Model

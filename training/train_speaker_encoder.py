@@ -10,8 +10,8 @@ a whole checkpoint. The speaker vectors mean something else afterwards: prepare 
 A random crop of each clip, heard as inference hears a prompt, becomes an embedding; a head that belongs to the run and not to the
 checkpoint names the speaker by the angle between the embedding and one vector a speaker, with an additive angular margin (AAM-softmax).
 
-On the held-out split every clip is embedded whole. The equal error rate over all pairs of clips chooses the best checkpoint where
-two speakers have two clips each, otherwise the loss of clips whose speakers are in the training split.
+`--evaluation_clips` of the held-out split are embedded whole. The equal error rate over all pairs of them chooses the best checkpoint
+where two speakers have two clips each, otherwise the loss of clips whose speakers are in the training split.
 
 Several processes: batch norms take their statistics from the rows they see together. On CUDA these are the rows of all processes
 (`SyncBatchNorm`), and two processes give the losses of one with twice the batch. On the CPU, which has no such layer, each process
@@ -23,7 +23,7 @@ CAM++ was published with this loss on 3 s crops; scale, margin, rates and schedu
 
 import argparse
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -38,7 +38,7 @@ from torch.utils.data import Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from checkpoint import load_part
-from data import Clip, choose_splits, draw_generator, leave_out_faulty, read_manifest
+from data import Clip, add_columns_argument, choose_splits, draw_generator, leave_out_faulty, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2SpeakerEncoder
 from indextts2_hf.feature_extraction_indextts2 import (
     MIN_AUDIO_S,
@@ -48,7 +48,7 @@ from indextts2_hf.feature_extraction_indextts2 import (
     resample_sinc,
     resample_soxr,
 )
-from run import Run, add_run_arguments, parse_arguments, run_program
+from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
 
 
 def parse() -> argparse.Namespace:
@@ -66,6 +66,13 @@ def parse() -> argparse.Namespace:
         default=0.05,
         help="share of the clips that is held out where the manifest holds out none (ours: %(default)s)",
     )
+    parser.add_argument(
+        "--evaluation_clips",
+        type=positive_int,
+        default=1000,
+        help="held-out clips that are embedded in an evaluation, at most (ours: %(default)s)",
+    )
+    add_columns_argument(parser)
     add_run_arguments(parser)
     parser.set_defaults(learning_rate=1e-3, batch_size=64)
     arguments = parse_arguments(parser)
@@ -241,6 +248,19 @@ def equal_error_rate(scores: np.ndarray, is_same: np.ndarray) -> float:
     return float(rejections[first - 1] + share * (rejections[first] - rejections[first - 1]))
 
 
+def choose_evaluation_clips(clips: list[Clip], count: int) -> list[Clip]:
+    """Two clips of each speaker, then two more of each, until there are `count`: pairs of one speaker as well as of two."""
+    clips_of_speaker = defaultdict(list)
+    for clip in clips:
+        clips_of_speaker[clip.speaker].append(clip)
+    pairs = [
+        (start, of_speaker[start : start + 2])
+        for of_speaker in clips_of_speaker.values()
+        for start in range(0, len(of_speaker), 2)
+    ]
+    return [clip for _, pair in sorted(pairs, key=lambda pair: pair[0]) for clip in pair][:count]
+
+
 def can_score_pairs(clips: list[Clip]) -> bool:
     """Whether two speakers have two clips each."""
     return sum(count > 1 for count in Counter(clip.speaker for clip in clips).values()) > 1
@@ -294,7 +314,8 @@ def main() -> None:
         raise ValueError(
             f"--crop_s is {arguments.crop_s:g}, but the checkpoint hears {extractor.max_audio_s:g} s of a clip. Use 2 to 4 s."
         )
-    clips, faults = leave_out_faulty(read_manifest(arguments.data), MIN_AUDIO_S)
+    clips = read_manifest(arguments.data, arguments.columns, required=("speaker",))
+    clips, faults = leave_out_faulty(clips, MIN_AUDIO_S)
     if faults:
         run.say(f"{len(faults)} clips cannot be used and are left out: " + "; ".join(faults))
     if not clips:
@@ -306,14 +327,17 @@ def main() -> None:
             f"The training split of {arguments.data} has {len(splits['train'])} clips of {len(speakers)} speaker, but speakers are "
             "told apart: at least two are needed, better hundreds. Check the column `speaker`, or add recordings."
         )
-    best_by = "equal_error_rate" if can_score_pairs(splits["validation"]) else "loss_per_clip"
-    if best_by == "loss_per_clip" and not {clip.speaker for clip in splits["validation"]} & set(speakers):
+    held_out = choose_evaluation_clips(splits["validation"], arguments.evaluation_clips)
+    held_out_speakers = {clip.speaker for clip in held_out}
+    best_by = "equal_error_rate" if can_score_pairs(held_out) else "loss_per_clip"
+    if best_by == "loss_per_clip" and not held_out_speakers & set(speakers):
         raise ValueError(
-            f"The held-out split of {arguments.data} ({len(splits['validation'])} clips) tells nothing about the encoder: it needs two "
-            "speakers with two clips each, or a speaker of the training split. Move clips there, or raise --validation_fraction."
+            f"The held-out split of {arguments.data} ({len(held_out)} clips) tells nothing about the encoder: it needs two speakers "
+            "with two clips each, or a speaker of the training split. Move clips there, or raise --validation_fraction or "
+            "--evaluation_clips."
         )
     train_set = SpeakerDataset(splits["train"], speakers, extractor, arguments.seed, arguments.crop_s)
-    held_out_set = SpeakerDataset(splits["validation"], speakers, extractor, arguments.seed)
+    held_out_set = SpeakerDataset(held_out, speakers, extractor, arguments.seed)
     loader = run.make_loader(train_set, collate)
 
     # Model
@@ -337,7 +361,7 @@ def main() -> None:
     rows_per_step = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     run.say(
         f"{num_parameters:,} trainable parameters; {len(train_set)} clips of {len(speakers)} speakers to learn from, "
-        f"{len(held_out_set)} of {len({clip.speaker for clip in splits['validation']})} held out; "
+        f"{len(held_out_set)} of {len(held_out_speakers)} held out; "
         f"{arguments.crop_s * rows_per_step:.0f} s of speech a step"
     )
 

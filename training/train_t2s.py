@@ -159,22 +159,19 @@ def store_emotion_prototypes(t2s: IndexTTS2T2SForConditionalGeneration, dataset:
 
 def main() -> None:
     arguments = parse()
-    run = Run(arguments, parts=("t2s",))
+    run = Run(arguments, parts=("t2s",), can_shard=arguments.stage != 2)
     accelerator = run.accelerator
 
     # Data
-    with_emotion = arguments.stage > 1
-    train_set, held_out_set = (
-        T2SDataset(
-            load_features(arguments.data, split, run.base),
-            arguments.seed,
-            arguments.free_length_probability,
-            with_emotion,
-        )
-        for split in ("train", "validation")
-    )
-    if train_set.lone_speakers:
-        run.say(f"{len(train_set.lone_speakers)} speakers have one clip alone, which has no prompt: left out.")
+    options = (arguments.seed, arguments.free_length_probability, arguments.stage > 1)
+    clips, held_out = (load_features(arguments.data, split, run.base) for split in ("train", "validation"))
+    train_set = T2SDataset(clips, *options)
+    held_out_set = T2SDataset(held_out, *options, prompts=clips)
+    for split, dataset in (("training", train_set), ("held-out", held_out_set)):
+        if dataset.lone_speakers:
+            run.say(
+                f"{len(dataset.lone_speakers)} speakers of the {split} split have one clip alone, which has no prompt: left out."
+            )
     loader = run.make_loader(train_set, collate_t2s, train_set.lengths)
 
     # Model

@@ -4,8 +4,9 @@ Trains the vocoder (mel to waveform, BigVGAN) on recordings, from scratch or fro
     python training/train_vocoder.py --config training/configs/vocoder.yaml --model CHECKPOINT --data RECORDINGS --output RUN
     accelerate launch training/train_vocoder.py --config training/configs/vocoder.yaml --model … --data … --output …
 
-`RECORDINGS` is an audio folder (`metadata.csv` beside the files), of which only the audio matters here; clips of up to half a
-minute serve best, for a clip is decoded whole. `RUN` becomes a checkpoint that differs from `CHECKPOINT` in its vocoder.
+`RECORDINGS` is an audio folder (`metadata.csv` beside the files) or another manifest (`data.py`), of which only the audio matters
+here; clips of up to half a minute serve best, for a clip is decoded whole. `RUN` becomes a checkpoint that differs from
+`CHECKPOINT` in its vocoder.
 
 The objective is that of HiFi-GAN (arXiv 2010.05646) with the discriminators of BigVGAN (arXiv 2206.04658): least-squares
 adversarial losses against a multi-period and a multi-resolution discriminator, feature matching, and L1 between mels. Ours, and
@@ -14,6 +15,7 @@ convolutions in the generator, whose weight norm is folded.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import get_cosine_schedule_with_warmup
 
-from checkpoint import load_part
-from data import Clip, choose_splits, draw_generator, leave_out_faulty, read_manifest
+from checkpoint import load_part, write_part
+from data import Clip, add_columns_argument, choose_splits, draw_generator, leave_out_faulty, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2Vocoder
 from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
@@ -48,7 +50,10 @@ EVALUATION_S = 6.0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_columns_argument(parser)
     add_run_arguments(parser)
     parser.set_defaults(learning_rate=1e-4, max_grad_norm=500.0, batch_size=16, max_train_steps=1_000_000)
 
@@ -385,16 +390,14 @@ def load_discriminators(discriminators: Discriminators, path: str, channels: int
 def save_discriminators(run: Run, discriminators: nn.Module) -> None:
     """Beside the parts of the checkpoint, for `--discriminators` of another run; inference has no use for them."""
     weights = run.accelerator.get_state_dict(discriminators)
+
+    def write(folder: Path) -> None:
+        metadata = {"format": "pt", "discriminator_channels": str(run.arguments.discriminator_channels)}
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
+        save_file(tensors, folder / "model.safetensors", metadata)
+
     if run.is_main:
-        path = run.folder / "discriminators" / "model.safetensors"
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(exist_ok=True)
-            metadata = {"format": "pt", "discriminator_channels": str(run.arguments.discriminator_channels)}
-            save_file({key: tensor.cpu().contiguous() for key, tensor in weights.items()}, temporary, metadata)
-            temporary.replace(path)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise OSError(f"{path} could not be written: {error}. Make room, then --resume.") from error
+        write_part(run.folder, "discriminators", write)
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------
@@ -418,7 +421,7 @@ def main() -> None:
                 f"The vocoder of {run.base} has {name} {theirs}, but its feature extractor has {ours}. Make a checkpoint whose parts agree."
             )
 
-    clips, faults = leave_out_faulty(read_manifest(arguments.data))
+    clips, faults = leave_out_faulty(read_manifest(arguments.data, arguments.columns, required=()))
     if faults:
         run.say(f"{len(faults)} clips cannot be read and are left out: " + "; ".join(faults))
     splits = choose_splits(clips, arguments.validation_fraction)

@@ -1,0 +1,95 @@
+"""
+Makes the sentences that the tiny model learns to read: the usage examples of WordNet 3.0, whose licence allows every use with
+its notice.
+
+    python training/recipes/tiny/make_texts.py WORDNET_FOLDER OUTPUT
+
+`WORDNET_FOLDER` has the files `data.noun`, `data.verb`, `data.adj`, `data.adv` (Debian: `/usr/share/wordnet` of the package
+`wordnet-base`). `OUTPUT/train.txt` and `OUTPUT/held-out.txt` get a sentence a line; which one a sentence goes to depends on its
+words alone.
+"""
+
+import argparse
+import hashlib
+import re
+from pathlib import Path
+
+
+# Words and characters of a sentence: what a small model can be asked to read in one breath.
+NUM_WORDS = (3, 18)
+NUM_CHARACTERS = (12, 110)
+HELD_OUT_SHARE = 0.02
+# Held-out sentences are whole ones, of which a recogniser can tell what was said.
+HELD_OUT_WORDS = (6, 14)
+QUESTION = re.compile(
+    r"(who|what|when|where|why|how|which|whose|do|does|did|is|are|was|were|can|could|will|would|have|has) ", re.I
+)
+# Abuse that the examples quote.
+LEFT_OUT = re.compile(
+    r"\b(nigg\w*|spic|kike\w*|wop|chink\w*|fag\w*|whore\w*|slut\w*|fuck\w*|shit\w*|cunt\w*|bitch\w*|rape\w*|bastard\w*|"
+    r"jap|japs|gook\w*|dyke\w*|tits?|piss\w*|cock|prick|crap)\b",
+    re.I,
+)
+
+
+def read_examples(folder: Path) -> list[str]:
+    """What stands in quotation marks in the glosses, in the order of the files."""
+    examples = {}
+    for part in ("noun", "verb", "adj", "adv"):
+        for line in (folder / f"data.{part}").read_text(encoding="latin-1").splitlines():
+            _, _, gloss = line.partition("| ")
+            for example in re.findall(r'"([^"]+)"', gloss):
+                examples[" ".join(example.split())] = None
+    return list(examples)
+
+
+def make_sentence(example: str) -> str | None:
+    """An example as a sentence with a capital and an end; `None` if it is no plain English."""
+    text = example.strip(" ;,-").replace("`", "'").replace("--", ", ")
+    text = re.sub(r"(?<!\w)'|'(?!\w)", "", text)
+    if not re.fullmatch(r"[A-Za-z' ,;:.!?-]+", text) or LEFT_OUT.search(text):
+        return None
+    if re.search(r"[A-Z]{2}|[A-Z]\.|\.\.|[.!?] *[a-z]", text):  # abbreviations, ellipses
+        return None
+    if (
+        not NUM_WORDS[0] <= len(text.split()) <= NUM_WORDS[1]
+        or not NUM_CHARACTERS[0] <= len(text) <= NUM_CHARACTERS[1]
+    ):
+        return None
+    text = text[0].upper() + text[1:]
+    is_asked = (
+        QUESTION.match(text)
+        and not re.search(r"[.!?]$", text)
+        and " if " not in text
+        and text.split()[1]
+        in ("he she it they you we I is are was were did does do can could will would the this that".split())
+    )
+    return text if text[-1] in ".!?" else text.rstrip(",;:") + ("?" if is_asked else ".")
+
+
+def is_held_out(sentence: str) -> bool:
+    """By a hash of its words, so that other sentences or another order change nothing."""
+    words = re.findall(r"[a-z']+", sentence.lower())
+    share = int(hashlib.sha256(" ".join(words).encode()).hexdigest()[:8], 16) / 16**8
+    return share < HELD_OUT_SHARE and HELD_OUT_WORDS[0] <= len(words) <= HELD_OUT_WORDS[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wordnet", type=Path, metavar="WORDNET_FOLDER")
+    parser.add_argument("output", type=Path, metavar="OUTPUT")
+    arguments = parser.parse_args()
+    sentences = {}
+    for example in read_examples(arguments.wordnet):
+        sentence = make_sentence(example)
+        if sentence is not None:
+            sentences.setdefault(sentence.lower(), sentence)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name, held_out in (("train", False), ("held-out", True)):
+        lines = [sentence for sentence in sentences.values() if is_held_out(sentence) == held_out]
+        (arguments.output / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        print(f"{arguments.output / name}.txt: {len(lines)} sentences, {sum(map(len, lines))} characters")
+
+
+if __name__ == "__main__":
+    main()
