@@ -249,6 +249,20 @@ def test_how_often_and_where(tiny_features):
         assert all(("t2s" in dataset[0, draw]) == bool(probability) for draw in range(20))
 
 
+def test_speech_at_another_speed_is_no_target(tiny_features):
+    features = load_features(tiny_features, "train")
+    from train_s2m import FlowMatchingDataset
+
+    speeds = [1.1 if row % 3 else 1.0 for row in range(len(features))]
+    mixed = features.remove_columns("speed").add_column("speed", speeds)
+    settings = (0, FRAMES_PER_TOKEN, 2584, (0.1, 0.7), 0.0)
+    dataset = FlowMatchingDataset(mixed, *settings)
+    assert dataset.targets == list(range(0, len(features), 3))
+    assert FlowMatchingDataset(mixed, *settings, num_rows=2).targets == [0, dataset.targets[len(dataset) // 2]]
+    with pytest.raises(ValueError, match="Prepare the data with 1.0 among the --speeds"):
+        FlowMatchingDataset(features.remove_columns("speed").add_column("speed", [0.9] * len(features)), *settings)
+
+
 def test_the_voice_is_another_clip_of_the_speaker(tiny_features, tmp_path):
     dataset = make_dataset(tiny_features, hidden_states_probability=1.0)
     table = load_features(tiny_features, "train")

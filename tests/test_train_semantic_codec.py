@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file
 
 from data import feature_columns, load_features, made_with
 from indextts2_hf import IndexTTS2SemanticCodec, IndexTTS2TextToAudioPipeline
@@ -161,6 +163,27 @@ def test_features_that_are_no_numbers_are_refused(options, tiny_features, tmp_pa
     with_rows(tiny_features, tmp_path / "features", spoil)
     said = run_to_error(NAME, "--output", tmp_path / "run", *options, "--data", tmp_path / "features")
     assert "The features of speaker1/clip2 hold values that are no numbers" in said
+
+
+def test_a_loss_that_is_no_number_names_its_clips_and_keeps_what_was_good(options, tmp_path):
+    out = tmp_path / "run"
+    options += [
+        "--learning_rate",
+        1e30,
+        "--warmup_steps",
+        2,
+        "--save_steps",
+        1,
+        "--eval_steps",
+        100,
+        "--max_train_steps",
+        9,
+    ]
+    said = run_to_error(NAME, "--output", out, *options)
+    assert re.search(r"The (loss|gradient) is \w+ at step 3", said) and "What was saved before is good" in said
+    assert [path.name for path in out.glob("state/*")] == ["step-00000001"]
+    weights = load_file(out / "semantic_codec/diffusion_pytorch_model.safetensors").values()
+    assert all(bool(tensor.isfinite().all()) for tensor in weights)
 
 
 def test_ctc_without_texts_is_refused(options, tiny_features, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from conftest import make_speech
+from safetensors.torch import load_file
 
 from data import Clip, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2SpeakerEncoder, IndexTTS2TextToAudioPipeline
@@ -151,6 +153,27 @@ def test_splits_that_teach_or_tell_nothing_are_refused(options, tiny_recordings,
     said = run_to_error(NAME, "--output", tmp_path / "run", *options, "--crop_s", 20)
     assert "--crop_s is 20, but the checkpoint hears 15 s of a clip" in said
     assert "--crop_s 0.1 is too short" in run_to_error(NAME, "--output", tmp_path / "run", *options, "--crop_s", 0.1)
+
+
+def test_a_loss_that_is_no_number_names_its_clips_and_keeps_what_was_good(options, tmp_path):
+    out = tmp_path / "run"
+    options += [
+        "--learning_rate",
+        1e30,
+        "--warmup_steps",
+        2,
+        "--save_steps",
+        1,
+        "--eval_steps",
+        100,
+        "--max_train_steps",
+        9,
+    ]
+    said = run_to_error(NAME, "--output", out, *options)
+    assert re.search(r"The (loss|gradient) is \w+ at step 3", said) and "What was saved before is good" in said
+    assert [path.name for path in out.glob("state/*")] == ["step-00000001"]
+    weights = load_file(out / "speaker_encoder/diffusion_pytorch_model.safetensors").values()
+    assert all(bool(tensor.isfinite().all()) for tensor in weights)
 
 
 def test_clips_that_cannot_be_used_are_named(options, manifest, tmp_path):

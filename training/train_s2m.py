@@ -132,13 +132,19 @@ class FlowMatchingDataset(Dataset):
         # The features of a target are large and not needed; those of a voice are all that is.
         self.utterances = features.select_columns(["input_ids", "semantic_ids", "mel", "speaker_embeds"])
         self.voices = features.select_columns(["semantic_features"])
-        table = features.with_format(None).select_columns(["clip", "speaker", "num_semantic_tokens", "duration_s"])
-        self.clips, self.speakers, lengths, durations = (list(table[name]) for name in table.column_names)
+        table = features.with_format(None).select_columns(
+            ["clip", "speaker", "num_semantic_tokens", "duration_s", "speed"]
+        )
+        self.clips, self.speakers, lengths, durations, speeds = (list(table[name]) for name in table.column_names)
         self.rows_of_speaker: dict[str, list[int]] = defaultdict(list)
         for row, speaker in enumerate(self.speakers):
             self.rows_of_speaker[speaker].append(row)
-        num_rows = min(num_rows or len(lengths), len(lengths))
-        self.targets = [number * len(lengths) // num_rows for number in range(num_rows)]
+        # Speech at another speed is for the T2S; its pitch is nobody's.
+        rows = [row for row, speed in enumerate(speeds) if speed == 1.0]
+        if not rows:
+            raise ValueError(f"None of the {len(speeds)} rows is of speed 1. Prepare the data with 1.0 among the --speeds.")
+        num_rows = min(num_rows or len(rows), len(rows))
+        self.targets = [rows[number * len(rows) // num_rows] for number in range(num_rows)]
         self.lengths = [min(lengths[row], self.max_tokens) for row in self.targets]
         self.duration_s = sum(
             durations[row] * length / lengths[row] for row, length in zip(self.targets, self.lengths, strict=True)
