@@ -39,8 +39,8 @@ from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resam
 HERE = Path(__file__).parent
 # Sixteen short clips of three readers with true transcripts.
 CLIPS = {"ls27": 8, "ls26": 4, "ljspeech": 4}
-# Speeds at which the targets are prepared, so that a text is heard at many lengths: 0.76 to 1.37, each 4 % above the last.
-SPEEDS = tuple(round(1.04**power, 4) for power in range(-7, 9))
+# Speeds at which the targets are prepared, so that a text is heard at many lengths: 0.725 to 1.275 times its own.
+SPEEDS = tuple(round(40 / length, 4) for length in range(29, 52))
 LENGTH_FACTORS = (0.75, 0.875, 1.0, 1.125, 1.25)
 SLOW_SPEED = 0.8
 GRIFFIN_LIM_ROUNDS = 60

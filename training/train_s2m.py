@@ -142,7 +142,9 @@ class FlowMatchingDataset(Dataset):
         # Speech at another speed is for the T2S; its pitch is nobody's.
         rows = [row for row, speed in enumerate(speeds) if speed == 1.0]
         if not rows:
-            raise ValueError(f"None of the {len(speeds)} rows is of speed 1. Prepare the data with 1.0 among the --speeds.")
+            raise ValueError(
+                f"None of the {len(speeds)} rows is of speed 1. Prepare the data with 1.0 among the --speeds."
+            )
         num_rows = min(num_rows or len(rows), len(rows))
         self.targets = [rows[number * len(rows) // num_rows] for number in range(num_rows)]
         self.lengths = [min(lengths[row], self.max_tokens) for row in self.targets]
