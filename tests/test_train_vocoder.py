@@ -398,6 +398,13 @@ def test_each_row_is_judged_alone_and_every_weight_learns():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
+def test_judgements_depend_on_the_waveform_from_the_beginning():
+    torch.manual_seed(0)
+    waveform = torch.randn(4, 8192)
+    for outputs in Discriminators(8)(waveform)[:5]:  # of the periods, which see the waveform itself
+        assert 0.2 < outputs[-1].std() < 2
+
+
 def test_silence_has_a_gradient():
     waveform = torch.zeros(1, 4096, requires_grad=True)
     outputs = Discriminators(1)(waveform)
