@@ -115,7 +115,8 @@ def test_every_recipe_is_accepted_by_its_program():
         first_line = recipe.read_text().splitlines()[0]
         program = re.search(r"(\w+)\.py", first_line).group(1)
         settings = yaml.safe_load(recipe.read_text())
-        required = [f"--{name}=x" for name in ("model", "data", "output") if name not in settings]
+        names = ["model", "data", "output"] + ["teacher"] * (program == "train_semantic_encoder")
+        required = [f"--{name}=x" for name in names if name not in settings]
         argv, sys.argv = sys.argv, [program, "--config", str(recipe), *required]
         try:
             arguments = importlib.import_module(program).parse()

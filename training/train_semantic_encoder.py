@@ -1,0 +1,329 @@
+"""
+Trains a small speech encoder to hear as the first layers of Whisper's encoder do, for models made from scratch.
+
+    python training/train_semantic_encoder.py --teacher WHISPER --model CHECKPOINT --data RECORDINGS --output RUN
+
+`WHISPER` is a folder from which transformers loads a `WhisperEncoder`. `RECORDINGS` is an audio folder of which only the audio
+matters; the more voices, the better what the encoder makes of new ones. `RUN` becomes a checkpoint that differs from `CHECKPOINT`
+in its speech encoder.
+
+What is learnt is a hidden state of Whisper, layer 3 by default, as it is for a clip without padding: each dimension by its mean
+and deviation, of that the `--num_components` principal components, turned at random into the size of the encoder's own states so
+that no dimension matters more than another, and at a length of one, as the last norm of the encoder makes its output. The loss is the
+mean squared difference.
+
+None of this is in the paper, whose encoder is w2v-BERT 2.0 as it comes: all values are ours.
+"""
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import AutoModel, PreTrainedModel, WhisperFeatureExtractor, get_cosine_schedule_with_warmup
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from checkpoint import load_part
+from data import Clip, add_columns_argument, choose_splits, draw_generator, leave_out_faulty, read_manifest
+from indextts2_hf import IndexTTS2FeatureExtractor
+from indextts2_hf.feature_extraction_indextts2 import MIN_AUDIO_S, load_audio, resample_soxr
+from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
+
+
+SAMPLING_RATE = 16000  # of Whisper
+# A frame of the encoder lies 17.5 ms behind where it begins, one of Whisper where it begins: the next one is the nearest.
+FRAME_OFFSET = 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--teacher", required=True, metavar="FOLDER", help="Whisper encoder of transformers")
+    parser.add_argument("--layer", type=positive_int, default=3, help="whose output is learnt (default: %(default)s)")
+    parser.add_argument(
+        "--num_components",
+        type=positive_int,
+        default=64,
+        help="principal components that are kept (default: %(default)s)",
+    )
+    parser.add_argument("--crop_s", type=float, default=4.0, help="seconds of a clip, at most (default: %(default)s)")
+    parser.add_argument(
+        "--statistics_clips",
+        type=positive_int,
+        default=400,
+        help="from which the components come (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--validation_fraction",
+        type=float,
+        default=0.02,
+        help="share of the clips that is held out where the manifest holds out none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluation_clips", type=positive_int, default=200, help="held-out clips, at most (default: %(default)s)"
+    )
+    add_columns_argument(parser)
+    add_run_arguments(parser)
+    parser.set_defaults(learning_rate=1e-3, batch_size=16, max_train_steps=10_000)
+    arguments = parse_arguments(parser)
+    if arguments.crop_s < MIN_AUDIO_S:
+        parser.error(f"--crop_s is {arguments.crop_s:g}, but a clip needs {MIN_AUDIO_S} s")
+    return arguments
+
+
+# --- data ----------------------------------------------------------------------------------------------------------------
+
+
+class HeardTwice(Dataset):
+    r"""
+    Clips as the encoder and as Whisper hear them.
+
+    Args:
+        clips (`list[Clip]`): recordings.
+        extractor (`IndexTTS2FeatureExtractor`): of the checkpoint.
+        seed (`int`): of the crops.
+        crop_s (`float`): seconds of a crop; shorter clips are whole.
+    """
+
+    def __init__(self, clips: list[Clip], extractor: IndexTTS2FeatureExtractor, seed: int, crop_s: float):
+        self.clips = clips
+        self.extractor = extractor
+        self.whisper_extractor = WhisperFeatureExtractor()
+        self.seed = seed
+        self.crop_s = crop_s
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """The example of a pair (index, number of the draw)."""
+        index, draw = key
+        clip = self.clips[index]
+        try:
+            waveform, sampling_rate = load_audio(clip.audio)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"The clip {clip.clip} cannot be read: {error} Mend it, or take it out.") from error
+        waveform = resample_soxr(waveform, sampling_rate, SAMPLING_RATE)
+        num_samples = int(self.crop_s * SAMPLING_RATE)
+        start = int(draw_generator(self.seed, draw).integers(max(0, len(waveform) - num_samples) + 1))
+        waveform = waveform[start : start + num_samples]
+        heard = self.extractor(emotion_audio=(waveform, SAMPLING_RATE))
+        mel = self.whisper_extractor(
+            waveform, sampling_rate=SAMPLING_RATE, padding="longest", truncation=False, return_tensors="pt"
+        )
+        return {
+            "id": clip.clip,
+            "input_features": heard["emotion_input_features"][0],
+            "attention_mask": heard["emotion_attention_mask"][0],
+            "whisper_mel": mel["input_features"][0],
+        }
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """`input_features` `(batch_size, num_frames, input_size)` with its mask; `whisper_mels`, a list of `(80, num_mel_frames)`."""
+    return {
+        "ids": [example["id"] for example in examples],
+        "input_features": pad_sequence([example["input_features"] for example in examples], batch_first=True),
+        "attention_mask": pad_sequence([example["attention_mask"] for example in examples], batch_first=True),
+        "whisper_mels": [example["whisper_mel"] for example in examples],
+    }
+
+
+# --- what is learnt ------------------------------------------------------------------------------------------------------
+
+
+class Teacher(nn.Module):
+    r"""
+    The first layers of a Whisper encoder, and what is kept of their output.
+
+    Args:
+        encoder (`WhisperEncoder`): of transformers.
+        num_layers (`int`): how many of its layers are heard.
+        size (`int`): of the targets.
+    """
+
+    def __init__(self, encoder: WhisperEncoder, num_layers: int, size: int):
+        super().__init__()
+        self.encoder = encoder
+        self.num_layers = num_layers
+        # Dimensions by their mean and deviation, then components and rotation in one.
+        self.register_buffer("mean", torch.zeros(encoder.config.d_model))
+        self.register_buffer("projection", torch.zeros(encoder.config.d_model, size))
+        self.register_buffer("target_mean", torch.zeros(size))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Of a saved state: not the weights, which are where they were."""
+        return {name: getattr(self, name) for name in ("mean", "projection", "target_mean")}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        for name, value in state_dict.items():
+            getattr(self, name).copy_(value)
+
+    @torch.no_grad()
+    def hidden_states(self, mel: torch.Tensor) -> torch.Tensor:
+        """`(80, num_mel_frames)` to `(num_mel_frames / 2, d_model)`, of a clip that is not filled up to 30 s."""
+        encoder = self.encoder
+        states = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel[None].to(encoder.device))))).transpose(1, 2)
+        states = states + encoder.embed_positions.weight[: states.shape[1]]
+        for layer in encoder.layers[: self.num_layers]:
+            states = layer(states, None)
+            states = states[0] if isinstance(states, tuple) else states
+        return states[0]
+
+    @torch.no_grad()
+    def fit(self, mels: list[torch.Tensor], num_components: int, seed: int) -> float:
+        """
+        Finds mean, deviations and components of the hidden states of some clips.
+
+        Returns:
+            `float`: share of the variance that the components hold.
+        """
+        states = torch.cat([self.hidden_states(mel) for mel in mels]).double()
+        self.mean.copy_(states.mean(dim=0))
+        deviation = states.std(dim=0)
+        scaled = (states - states.mean(dim=0)) / deviation
+        variances, components = torch.linalg.eigh(scaled.T @ scaled / len(scaled))
+        size = self.projection.shape[1]
+        rotation = torch.linalg.qr(torch.from_numpy(np.random.default_rng(seed).standard_normal((size, size))))[0]
+        kept = components[:, -num_components:]
+        self.projection.copy_((kept / deviation[:, None]) @ rotation.to(kept.device)[:num_components])
+        self.target_mean.copy_(torch.cat([self(mel) for mel in mels]).mean(dim=0))
+        return float(variances[-num_components:].sum() / variances.sum())
+
+    @torch.no_grad()
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        """`(80, num_mel_frames)` to targets `(num_frames, size)` with mean 0 and variance 1 in each frame."""
+        states = (self.hidden_states(mel)[FRAME_OFFSET:] - self.mean) @ self.projection
+        return F.layer_norm(states, states.shape[-1:])
+
+
+def compare(model: nn.Module, teacher: Teacher, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss, which is the mean squared difference, and how far the targets are from their mean; both means over rows."""
+    output = model(input_features=batch["input_features"], attention_mask=batch["attention_mask"]).last_hidden_state
+    errors, variances = [], []
+    for found, mask, mel in zip(output, batch["attention_mask"], batch["whisper_mels"], strict=True):
+        target = teacher(mel)
+        length = min(len(target), int(mask.sum()))
+        errors.append((found[:length].float() - target[:length]).square().mean())
+        variances.append((target[:length] - teacher.target_mean).square().mean())
+    return torch.stack(errors).mean(), torch.stack(variances).mean()
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, teacher: Teacher, dataset: HeardTwice) -> dict[str, float]:
+    model.eval()
+    found = []
+    for batch, count in run.evaluation_batches(dataset, collate):
+        error, variance = compare(model, teacher, batch)
+        found.append(({"squared_error": error, "squared_deviation": variance}, count))
+    model.train()
+    figures = run.mean_over_rows(found)
+    return {"explained_variance": 1 - figures["squared_error"] / figures["squared_deviation"]}
+
+
+# --- the program ---------------------------------------------------------------------------------------------------------
+
+
+def load_teacher(folder: str, num_layers: int, size: int, num_components: int) -> Teacher:
+    try:
+        encoder = WhisperEncoder.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--teacher {folder} holds no Whisper encoder: {error}") from error
+    if num_layers > len(encoder.layers):
+        raise ValueError(f"--layer is {num_layers}, but the encoder of {folder} has {len(encoder.layers)}.")
+    most = min(size, encoder.config.d_model)
+    if num_components > most:
+        raise ValueError(
+            f"--num_components is {num_components}, but with encoders of {encoder.config.d_model} and {size} at most {most} are kept."
+        )
+    return Teacher(encoder.eval().requires_grad_(False), num_layers, size)
+
+
+def main() -> None:
+    arguments = parse()
+    run = Run(arguments, parts=("semantic_encoder",), higher_is_better=True)
+    accelerator = run.accelerator
+
+    # Data
+    extractor = IndexTTS2FeatureExtractor.from_pretrained(run.base / "feature_extractor")
+    clips, faults = leave_out_faulty(read_manifest(arguments.data, arguments.columns, required=()), MIN_AUDIO_S)
+    if faults:
+        run.say(f"{len(faults)} clips cannot be used and are left out: " + "; ".join(faults))
+    splits = choose_splits(clips, arguments.validation_fraction)
+    if not all(splits.values()):
+        raise ValueError(
+            f"{arguments.data} has {len(splits['train'])} usable clips to learn from and {len(splits['validation'])} to check with; at "
+            "least one of each is needed. Add recordings, or divide them into the folders train and validation."
+        )
+    settings = (extractor, arguments.seed, arguments.crop_s)
+    train_set = HeardTwice(splits["train"], *settings)
+    held_out_set = HeardTwice(splits["validation"][: arguments.evaluation_clips], *settings)
+    loader = run.make_loader(train_set, collate)
+
+    # Model and teacher
+    model: PreTrainedModel = load_part(AutoModel, run.base, "semantic_encoder").train()
+    teacher = load_teacher(arguments.teacher, arguments.layer, model.config.hidden_size, arguments.num_components).to(
+        accelerator.device
+    )
+    accelerator.register_for_checkpointing(teacher)
+    if run.step == 0:
+        chosen = np.linspace(0, len(train_set) - 1, min(len(train_set), arguments.statistics_clips)).astype(int)
+        mels = [train_set[int(index), int(index)]["whisper_mel"] for index in dict.fromkeys(chosen)]
+        share = teacher.fit(mels, arguments.num_components, arguments.seed)
+        run.say(
+            f"{arguments.num_components} components hold {100 * share:.0f} % of the variance of layer {arguments.layer}."
+        )
+    # Nothing is masked or left out: a small encoder has enough to learn, and each process uses the same weights.
+    model.config.apply_spec_augment, model.config.layerdrop = False, 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("masked_spec_embed" not in name)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    # Optimiser
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.max_train_steps)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    run.restore()
+    run.say(f"{sum(weight.numel() for weight in parameters):,} trainable parameters; {len(train_set)} clips")
+
+    # Loop
+    if run.step == 0:
+        run.keep_best(evaluate(run, model, teacher, held_out_set), "explained_variance", {"semantic_encoder": model})
+    for batch in run.batches(loader):
+        with accelerator.accumulate(model):
+            with accelerator.autocast():
+                loss, variance = compare(model, teacher, batch)
+            run.check_loss(loss, batch["ids"])
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                run.clip_gradients(parameters)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        run.record({"squared_deviation": variance})
+        if not accelerator.sync_gradients:
+            continue
+        run.advance(scheduler.get_last_lr()[0])
+        if run.should_evaluate:
+            run.keep_best(
+                evaluate(run, model, teacher, held_out_set), "explained_variance", {"semantic_encoder": model}
+            )
+        if run.should_save:
+            run.save_state()
+        if run.is_done:
+            break
+    run.finish({"semantic_encoder": model})
+
+
+if __name__ == "__main__":
+    run_program(main)
