@@ -6,13 +6,16 @@ its notice.
 
 `WORDNET_FOLDER` has the files `data.noun`, `data.verb`, `data.adj`, `data.adv` (Debian: `/usr/share/wordnet` of the package
 `wordnet-base`). `OUTPUT/train.txt` and `OUTPUT/held-out.txt` get a sentence a line; which one a sentence goes to depends on its
-words alone.
+words alone. `OUTPUT/bpe.model` is the vocabulary: the most frequent pieces of the training sentences.
 """
 
 import argparse
 import hashlib
+import io
 import re
 from pathlib import Path
+
+import sentencepiece
 
 
 # Words and characters of a sentence: what a small model can be asked to read in one breath.
@@ -21,6 +24,9 @@ NUM_CHARACTERS = (12, 110)
 HELD_OUT_SHARE = 0.02
 # Held-out sentences are whole ones, of which a recogniser can tell what was said.
 HELD_OUT_WORDS = (6, 14)
+# Pieces of words: few, so that each is heard often enough to learn how it sounds.
+VOCABULARY_SIZE = 600
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.,!?'-…"
 QUESTION = re.compile(
     r"(who|what|when|where|why|how|which|whose|do|does|did|is|are|was|were|can|could|will|would|have|has) ", re.I
 )
@@ -74,6 +80,27 @@ def is_held_out(sentence: str) -> bool:
     return share < HELD_OUT_SHARE and HELD_OUT_WORDS[0] <= len(words) <= HELD_OUT_WORDS[1]
 
 
+def train_vocabulary(sentences: list[str], path: Path) -> None:
+    """Writes a SentencePiece model with `<s>`, `</s>` and `<unk>` as 0, 1 and 2, as the tokenizer expects it: upper case."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentence.upper() for sentence in sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY_SIZE,
+        required_chars=CHARACTERS,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        bos_id=0,
+        eos_id=1,
+        unk_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wordnet", type=Path, metavar="WORDNET_FOLDER")
@@ -89,6 +116,8 @@ def main() -> None:
         lines = [sentence for sentence in sentences.values() if is_held_out(sentence) == held_out]
         (arguments.output / f"{name}.txt").write_text("\n".join(lines) + "\n")
         print(f"{arguments.output / name}.txt: {len(lines)} sentences, {sum(map(len, lines))} characters")
+        if name == "train":
+            train_vocabulary(lines, arguments.output / "bpe.model")
 
 
 if __name__ == "__main__":
