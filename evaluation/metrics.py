@@ -89,8 +89,10 @@ class TransformersWhisper:
     def __call__(self, waveform: np.ndarray, language: str) -> str:
         waveform = waveform[: int(MAX_ASR_S * SAMPLING_RATE)]
         inputs = self.processor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").to(self.model.device)
-        language = {"en": "english", "zh": "chinese"}.get(language, language)
-        ids = self.model.generate(**inputs, language=language, task="transcribe", num_beams=1, do_sample=False)
+        # A model of English alone takes neither.
+        is_multilingual = getattr(self.model.generation_config, "is_multilingual", True)
+        spoken = {"language": language, "task": "transcribe"} if is_multilingual else {}
+        ids = self.model.generate(**inputs, **spoken, num_beams=1, do_sample=False)
         return self.processor.batch_decode(ids, skip_special_tokens=True)[0]
 
 

@@ -2,15 +2,30 @@
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+from transformers import (
+    Wav2Vec2FeatureExtractor,
+    WavLMConfig,
+    WavLMForXVector,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
+EVALUATION = Path(__file__).parent.parent / "evaluation"
+sys.path.insert(0, str(EVALUATION))
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +152,124 @@ def test_the_report(evaluate, tmp_path):
     assert results["emotion-sad"]["changes as expected, %"] == pytest.approx(20)
     assert "| WER, all words, % | 40 | 0 | 0 |" in (tmp_path / "results.md").read_text()
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 5
+
+
+# --- the program ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recognizer(tmp_path_factory):
+    """A tiny Whisper with random weights: what it hears is noise, but every step is there."""
+    torch.manual_seed(0)
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    names = [*bytes_to_unicode().values(), *special]
+    tokenizer = WhisperTokenizer(
+        vocab={name: number for number, name in enumerate(names)}, merges=[], unk_token="<|endoftext|>"
+    )
+    end, start, english, transcribe, no_timestamps = tokenizer.convert_tokens_to_ids(special)
+    sizes = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=start,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **sizes,
+    )
+    model = WhisperForConditionalGeneration(config)
+    settings = model.generation_config
+    settings.lang_to_id, settings.task_to_id = {"<|en|>": english}, {"transcribe": transcribe}
+    settings.is_multilingual, settings.no_timestamps_token_id = True, no_timestamps
+    settings.max_length, settings._from_model_config = 12, False
+    folder = tmp_path_factory.mktemp("whisper")
+    model.save_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speaker_model(tmp_path_factory):
+    torch.manual_seed(0)
+    config = WavLMConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(16, 16),
+        conv_stride=(8, 8),
+        conv_kernel=(8, 8),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        tdnn_dim=(16, 16),
+        tdnn_kernel=(3, 1),
+        tdnn_dilation=(1, 1),
+        xvector_output_dim=8,
+    )
+    folder = tmp_path_factory.mktemp("wavlm")
+    WavLMForXVector(config).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def run_evaluate(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EVALUATION / "evaluate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_a_list_from_end_to_end(tiny_checkpoint, tiny_recordings, recognizer, speaker_model, tmp_path):
+    prompt = tiny_recordings / "speaker1-0.wav"
+    (tmp_path / "buzz.wav").write_bytes((tiny_recordings / "speaker0-0.wav").read_bytes())
+    (tmp_path / "meta.lst").write_text(f"a||buzz|Hello there.\nb|text|{prompt}|Good day.\n")
+    out = tmp_path / "report"
+    conditions = ["length-0.5", "emotion-happy", "no-hidden-states", "no-emotion"]
+    options = [
+        *("--model", tiny_checkpoint, "--list", tmp_path / "meta.lst", "--output", out, "--conditions", *conditions),
+        *("--asr", recognizer, "--speaker_model", speaker_model, "--measures", "words", "voice", "prosody"),
+    ]
+    result = run_evaluate(*options)
+    assert result.returncode == 1 and "no recording of the voice 'buzz' to compare with" in result.stderr
+    result = run_evaluate(*options, "--references", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("| | free | length-0.5 | emotion-happy | no-hidden-states | no-emotion |")
+
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert [(row["condition"], row["name"]) for row in rows] == [
+        (condition, name) for condition in ("free", *conditions) for name in "ab"
+    ]
+    of = {(row["condition"], row["name"]): row for row in rows}
+    for name in "ab":
+        row = of["length-0.5", name]
+        assert row["num_tokens"] == row["asked_tokens"] == max(1, round(0.5 * of["free", name]["num_tokens"]))
+        assert row["asked_s"] == row["asked_tokens"] / 50
+        info = soundfile.info(out / "audio" / "length-0.5" / f"{name}.wav")
+        assert info.frames / info.samplerate == row["seconds"]
+        assert all(of["free", name][key] is not None for key in ("word_errors", "similarity_to_others", "speech_s"))
+    results = json.loads((out / "results.json").read_text())
+    assert results["results"]["length-0.5"]["token error, %"] == 0
+    assert results["about"]["measured by"]["words"] == f"{recognizer.name}, transformers, greedy"
+
+    # What is there is not made again; what is missing is.
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")}
+    lines = (out / "scores.jsonl").read_text().splitlines(keepends=True)
+    (out / "scores.jsonl").write_text("".join(lines[:-1]))
+    result = run_evaluate(*options, "--references", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (out / "scores.jsonl").read_text() == "".join(lines)
+    changed = [path for path, time in times.items() if path.stat().st_mtime_ns != time]
+    assert changed == [out / "audio" / "no-emotion" / "b.wav"]
+
+
+def test_recordings_come_first(tiny_checkpoint, tiny_recordings, recognizer, tmp_path):
+    options = ["--model", tiny_checkpoint, "--data", tiny_recordings, "--output", tmp_path / "report", "--limit", 2]
+    result = run_evaluate(*options, "--asr", recognizer, "--measures", "words", "--conditions", "length-1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("| | recording | free | length-1 |")
+    rows = [json.loads(line) for line in (tmp_path / "report/scores.jsonl").read_text().splitlines()]
+    # The count is that of the recording, which lasts as long.
+    for recorded, said in zip(rows[:2], rows[4:], strict=True):
+        assert said["asked_s"] == pytest.approx(recorded["seconds"], abs=0.05)
