@@ -360,11 +360,13 @@ def summarize(rows: list[dict[str, Any]], neutral: dict[str, dict[str, Any]]) ->
         for name, direction in directions.items():
             changes = [row[name] - neutral[row["name"]][name] for row in rows if row["name"] in neutral]
             changes = [change for change in changes if math.isfinite(change)]
+            if not changes:
+                continue
             agree = [change * direction > 0 for change in changes]
             figures[f"change of {name}"] = float(np.mean(changes))
             figures[f"{name} {'up' if direction > 0 else 'down'} as expected, %"] = 100 * float(np.mean(agree))
             pairs += agree
-        figures["changes as expected, %"] = 100 * float(np.mean(pairs))
+        figures["changes as expected, %"] = 100 * float(np.mean(pairs)) if pairs else float("nan")
     return figures
 
 
@@ -373,6 +375,11 @@ def write_report(folder: Path, rows: list[dict[str, Any]], conditions: list[str]
     of_condition = {name: [row for row in rows if row["condition"] == name] for name in conditions}
     neutral = {row["name"]: row for row in of_condition.get("free", [])}
     results = {name: summarize(found, neutral) for name, found in of_condition.items() if found}
+    # What could not be measured, as the pitch of a whisper, is left out.
+    results = {
+        condition: {name: value for name, value in figures.items() if math.isfinite(value)}
+        for condition, figures in results.items()
+    }
     (folder / "results.json").write_text(
         json.dumps({"about": about, "results": results}, indent=2, ensure_ascii=False)
     )

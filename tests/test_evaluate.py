@@ -138,20 +138,22 @@ def test_the_report(evaluate, tmp_path):
             "asked_tokens": 40,
             "asked_s": 1.0,
         },
+        {"condition": "emotion-angry", "name": "1", **base, **prosody, "tilt_db": float("nan")},
     ]
     about = {"measured by": {"words": "a recogniser"}}
-    evaluate.write_report(tmp_path, rows, ["free", "emotion-sad", "length-0.8"], about)
+    evaluate.write_report(tmp_path, rows, ["free", "emotion-sad", "length-0.8", "emotion-angry"], about)
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert results["free"]["WER, mean over utterances, %"] == pytest.approx(25)
     assert results["free"]["WER, all words, %"] == pytest.approx(40)
     assert results["free"]["not ended, %"] == 50
     assert results["length-0.8"]["token error, %"] == pytest.approx(25)
     assert results["length-0.8"]["length error, s"] == pytest.approx(0.1)
+    assert "change of tilt_db" not in results["emotion-angry"]
     # Of five stated changes of sadness, pitch alone went the stated way; what does not change does not agree.
     assert results["emotion-sad"]["pitch_semitones down as expected, %"] == 100
     assert results["emotion-sad"]["changes as expected, %"] == pytest.approx(20)
-    assert "| WER, all words, % | 40 | 0 | 0 |" in (tmp_path / "results.md").read_text()
-    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 5
+    assert "| WER, all words, % | 40 | 0 | 0 |  |" in (tmp_path / "results.md").read_text()
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 6
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------
