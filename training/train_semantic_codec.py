@@ -45,8 +45,6 @@ from indextts2_hf.modeling_semantic_codec import IndexTTS2SemanticCodecOutput
 from run import Run, add_run_arguments, parse_arguments, run_program
 
 
-FRAMES_PER_S = 50
-
 # The first codebook: latents for each code, rounds of k-means, and how many latents are compared at once.
 LATENTS_PER_CODE = 32
 KMEANS_ROUNDS = 10
@@ -61,7 +59,7 @@ def parse() -> argparse.Namespace:
         "--crop_frames",
         type=int,
         default=300,
-        help="frames of 20 ms cut from a row at a random place (ours: %(default)s)",
+        help="frames cut from a row at a random place (ours: %(default)s)",
     )
     parser.add_argument(
         "--dead_code_steps",
@@ -384,6 +382,7 @@ def main() -> None:
     if arguments.gradient_checkpointing:
         codec.enable_gradient_checkpointing()
     use = CodeUse(codec.config["codebook_size"])
+    t2s_config = IndexTTS2T2SConfig.from_pretrained(run.base, subfolder="t2s")
     accelerator.register_for_checkpointing(use)
 
     # Optimiser
@@ -392,8 +391,7 @@ def main() -> None:
     codebook = codec.quantizer.codebook.weight
     head = None
     if with_text:
-        text_vocab_size = IndexTTS2T2SConfig.from_pretrained(run.base, subfolder="t2s").text_vocab_size
-        head = nn.Linear(codec.config["feature_size"], text_vocab_size + 1)
+        head = nn.Linear(codec.config["feature_size"], t2s_config.text_vocab_size + 1)
         parameters += head.parameters()
     # A row of the codebook learns only when it is chosen, and has to follow latents that move at every step.
     groups = [
@@ -412,10 +410,11 @@ def main() -> None:
     run.restore()
     unwrapped = accelerator.unwrap_model(codec)
 
+    rate = t2s_config.semantic_token_rate
     rows_per_step = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     run.say(
-        f"{num_parameters:,} trainable parameters; {train_set.num_frames / FRAMES_PER_S / 3600:.2f} h of speech in "
-        f"{len(train_set)} rows; {np.mean(train_set.lengths) / FRAMES_PER_S * rows_per_step:.0f} s of speech a step"
+        f"{num_parameters:,} trainable parameters; {train_set.num_frames / rate / 3600:.2f} h of speech in "
+        f"{len(train_set)} rows; {np.mean(train_set.lengths) / rate * rows_per_step:.0f} s of speech a step"
     )
 
     # Loop

@@ -29,13 +29,15 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from checkpoint import load_part
 from data import Clip, add_columns_argument, choose_splits, draw_generator, leave_out_faulty, read_manifest
-from indextts2_hf import IndexTTS2FeatureExtractor
+from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2T2SConfig
 from indextts2_hf.feature_extraction_indextts2 import MIN_AUDIO_S, load_audio, resample_soxr
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
 
 
 SAMPLING_RATE = 16000  # of Whisper
-# A frame of the encoder lies 17.5 ms behind where it begins, one of Whisper where it begins: the next one is the nearest.
+FRAME_RATE = 50  # of Whisper, Hz
+# A frame of the encoder has its middle behind where it begins, by 17.5 ms at 50 Hz, one of Whisper where it begins: the next one
+# is the nearest.
 FRAME_OFFSET = 1
 
 
@@ -145,12 +147,14 @@ class Teacher(nn.Module):
         encoder (`WhisperEncoder`): of transformers.
         num_layers (`int`): how many of its layers are heard.
         size (`int`): of the targets.
+        frames_per_target (`int`, defaults to 1): of Whisper, whose mean is one target: 2 for an encoder of 25 Hz.
     """
 
-    def __init__(self, encoder: WhisperEncoder, num_layers: int, size: int):
+    def __init__(self, encoder: WhisperEncoder, num_layers: int, size: int, frames_per_target: int = 1):
         super().__init__()
         self.encoder = encoder
         self.num_layers = num_layers
+        self.frames_per_target = frames_per_target
         # Dimensions by their mean and deviation, then components and rotation in one.
         self.register_buffer("mean", torch.zeros(encoder.config.d_model))
         self.register_buffer("projection", torch.zeros(encoder.config.d_model, size))
@@ -166,14 +170,15 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def hidden_states(self, mel: torch.Tensor) -> torch.Tensor:
-        """`(80, num_mel_frames)` to `(num_mel_frames / 2, d_model)`, of a clip that is not filled up to 30 s."""
+        """`(80, num_mel_frames)` to `(num_targets, d_model)`, of a clip that is not filled up to 30 s."""
         encoder = self.encoder
         states = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel[None].to(encoder.device))))).transpose(1, 2)
         states = states + encoder.embed_positions.weight[: states.shape[1]]
         for layer in encoder.layers[: self.num_layers]:
             states = layer(states, None)
             states = states[0] if isinstance(states, tuple) else states
-        return states[0]
+        states = states[:, FRAME_OFFSET:].transpose(1, 2)
+        return F.avg_pool1d(states, self.frames_per_target)[0].T
 
     @torch.no_grad()
     def fit(self, mels: list[torch.Tensor], num_components: int, seed: int) -> float:
@@ -198,7 +203,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         """`(80, num_mel_frames)` to targets `(num_frames, size)` with mean 0 and variance 1 in each frame."""
-        states = (self.hidden_states(mel)[FRAME_OFFSET:] - self.mean) @ self.projection
+        states = (self.hidden_states(mel) - self.mean) @ self.projection
         return F.layer_norm(states, states.shape[-1:])
 
 
@@ -229,19 +234,24 @@ def evaluate(run: Run, model: nn.Module, teacher: Teacher, dataset: HeardTwice) 
 # --- the program ---------------------------------------------------------------------------------------------------------
 
 
-def load_teacher(folder: str, num_layers: int, size: int, num_components: int) -> Teacher:
+def load_teacher(folder: str, num_layers: int, size: int, num_components: int, token_rate: float) -> Teacher:
     try:
         encoder = WhisperEncoder.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"--teacher {folder} holds no Whisper encoder: {error}") from error
     if num_layers > len(encoder.layers):
         raise ValueError(f"--layer is {num_layers}, but the encoder of {folder} has {len(encoder.layers)}.")
+    if FRAME_RATE % token_rate:
+        raise ValueError(
+            f"The checkpoint has {token_rate:g} semantic tokens a second, but the {FRAME_RATE} frames of Whisper can only be divided "
+            "into 50, 25, 10 and other whole parts. Choose such a rate."
+        )
     most = min(size, encoder.config.d_model)
     if num_components > most:
         raise ValueError(
             f"--num_components is {num_components}, but with encoders of {encoder.config.d_model} and {size} at most {most} are kept."
         )
-    return Teacher(encoder.eval().requires_grad_(False), num_layers, size)
+    return Teacher(encoder.eval().requires_grad_(False), num_layers, size, int(FRAME_RATE / token_rate))
 
 
 def main() -> None:
@@ -267,9 +277,10 @@ def main() -> None:
 
     # Model and teacher
     model: PreTrainedModel = load_part(AutoModel, run.base, "semantic_encoder").train()
-    teacher = load_teacher(arguments.teacher, arguments.layer, model.config.hidden_size, arguments.num_components).to(
-        accelerator.device
-    )
+    token_rate = IndexTTS2T2SConfig.from_pretrained(run.base, subfolder="t2s").semantic_token_rate
+    teacher = load_teacher(
+        arguments.teacher, arguments.layer, model.config.hidden_size, arguments.num_components, token_rate
+    ).to(accelerator.device)
     accelerator.register_for_checkpointing(teacher)
     if run.step == 0:
         chosen = np.linspace(0, len(train_set) - 1, min(len(train_set), arguments.statistics_clips)).astype(int)

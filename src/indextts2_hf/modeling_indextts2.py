@@ -773,7 +773,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"`duration_s` is {duration_s!r}, but it must be a finite number of seconds above 0.")
             pauses = self.pause_samples(segment_silence_s) * (len(text_lengths) - 1)
             num_samples = round(duration_s * self.config.sampling_rate) - pauses
-            # 20 ms for each text token is far below any speech: less cannot be meant.
+            # One semantic token for each text token is below any speech: less cannot be meant.
             shortest = sum(text_lengths) / rate + pauses / self.config.sampling_rate
             if duration_s < shortest:
                 raise ValueError(

@@ -32,7 +32,7 @@ class IndexTTS2SemanticCodecOutput(BaseOutput):
 
     Args:
         semantic_ids (`torch.LongTensor` of shape `(batch_size, num_frames)`):
-            One id per frame of 20 ms. Meaningless where the attention mask is 0.
+            One id per frame. Meaningless where the attention mask is 0.
         semantic_embeds (`torch.Tensor` of shape `(batch_size, num_frames, feature_size)`):
             Codebook vectors of these ids, projected to the width of the features.
         reconstruction (`torch.Tensor` of shape `(batch_size, num_frames, feature_size)`, *optional*):

@@ -63,15 +63,22 @@ class Manner:
     breath_db: float = 0.0
 
 
-# Kokoro takes eighty times as long as hibari, hence the shares.
+# The five that are shipped; Kokoro takes eighty times as long as hibari, hence the shares.
 VOICES = {
-    "heart": Voice(0.48),
+    "heart": Voice(0.33),
     "low": Voice(0.15, pitch=0.75, formants=0.93),
     "bright": Voice(0.15, pitch=1.12, formants=1.08),
-    "alpha": Voice(0.07, packs={"jf_alpha": 1.0}),
-    "gongitsune": Voice(0.07, packs={"jf_gongitsune": 1.0}),
-    "kumo": Voice(0.08, packs={"jm_kumo": 1.0}),
+    "alpha": Voice(0.02, packs={"jf_alpha": 1.0}),
+    "kumo": Voice(0.03, packs={"jm_kumo": 1.0}),
 }
+# And a few dozen that differ in pitch and in the length of the vocal tract, so that a voice is learnt as something that varies.
+NUM_OTHER_VOICES = 32
+for number in range(NUM_OTHER_VOICES):
+    VOICES[f"other{number:02}"] = Voice(
+        0.32 / NUM_OTHER_VOICES,
+        pitch=0.55 * (1.3 / 0.55) ** (number / (NUM_OTHER_VOICES - 1)),
+        formants=0.86 * (1.16 / 0.86) ** ((0.3 * number + 0.7 * (7 * number % NUM_OTHER_VOICES)) / (NUM_OTHER_VOICES - 1)),
+    )
 # In the directions that are known of acted speech (Scherer 2003, table 5: pitch, range, rate, level, high frequencies).
 MANNERS = {
     "happy": Manner(1.18, 1.4, 1.08, 1.5, 1.0),
