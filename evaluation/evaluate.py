@@ -13,6 +13,7 @@ Each condition is another way to say the list:
 - `recording`: the true recordings, if there are any; always first.
 - `free`: the model chooses the length.
 - `length-F`: F times the tokens of the recording, or of the free speech where there is none.
+- `told-F`: the same, but the model is only told: it ends where it will, and the token error says how well it counts.
 - `emotion-NAME`: with that emotion weight at 1, to be compared with `free`.
 - `no-hidden-states`, `no-emotion`: without the T2S states in S2M, without the emotion vector in T2S (the paper's ablations). Nothing
   in the models is switched: the input is not passed.
@@ -152,12 +153,12 @@ def check_condition(name: str) -> str:
     known = name in ("free", *ABLATIONS)
     known |= kind == "emotion" and value in EMOTIONS
     try:
-        known |= kind == "length" and 0.1 <= float(value) <= 10
+        known |= kind in ("length", "told") and 0.1 <= float(value) <= 10
     except ValueError:
         pass
     if not known:
         raise argparse.ArgumentTypeError(
-            f"{name!r} is no condition: free, length-0.8, emotion-{EMOTIONS[0]}, no-hidden-states, no-emotion"
+            f"{name!r} is no condition: free, length-0.8, told-0.8, emotion-{EMOTIONS[0]}, no-hidden-states, no-emotion"
         )
     return name
 
@@ -196,9 +197,9 @@ class Speaker:
         texts = [utterance.text for utterance in utterances]
         voices = [self.voice(utterance.prompt) for utterance in utterances]
         seeds = [self.seed + index for index in indices]
-        if condition in ABLATIONS:
-            rows = zip(texts, voices, seeds, strict=True)
-            return [self.say_without(condition, text, voice, seed) for text, voice, seed in rows]
+        if condition in ABLATIONS or condition.startswith("told-"):
+            rows = zip(texts, voices, seeds, counts, strict=True)
+            return [self.say_by_parts(condition, *row) for row in rows]
         emotion = condition.removeprefix("emotion-")
         inputs = self.pipe.processor(text=texts, emotion_weights={emotion: 1.0} if emotion != condition else None)
         output = self.model.generate(
@@ -213,13 +214,19 @@ class Speaker:
             for audio, segments, count in zip(output.audio, output.semantic_ids, counts, strict=True)
         ]
 
-    def say_without(self, condition: str, text: str, voice: VoicePrompt, seed: int) -> Speech:
-        """A text of one segment by the parts of the model, of which one is not given what the condition leaves out."""
+    def say_by_parts(self, condition: str, text: str, voice: VoicePrompt, seed: int, count: int | None) -> Speech:
+        """
+        A text of one segment by the parts of the model, of which one is not given what the condition leaves out; a count is told to
+        T2S, but the rule that ends speech there is not.
+        """
         t2s, semantic_to_mel = self.model.t2s, self.model.semantic_to_mel
         input_ids = self.pipe.processor(text=text)["input_ids"].to(t2s.device)
         emotion_embeds = None if condition == "no-emotion" else t2s.encode_emotion(voice.emotion_features[None])
         inputs_embeds, attention_mask = t2s.prepare_prefix(
-            input_ids, speaker_latents=t2s.encode_speaker(voice.speaker_features[None]), emotion_embeds=emotion_embeds
+            input_ids,
+            speaker_latents=t2s.encode_speaker(voice.speaker_features[None]),
+            emotion_embeds=emotion_embeds,
+            num_semantic_tokens=count,
         )
         torch.manual_seed(seed)
         semantic_ids = t2s.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **self.settings)
@@ -511,8 +518,8 @@ def say_batch(
     if condition == "recording":
         return [(*load_audio(utterance.recording), {}) for _, utterance in batch]
     counts: list[int | None] = [None] * len(batch)
-    if condition.startswith("length-"):
-        factor = float(condition.removeprefix("length-"))
+    if condition.startswith(("length-", "told-")):
+        factor = float(condition.partition("-")[2])
         counts = [
             max(
                 1, round(factor * (speaker.count_tokens(item.recording) if item.recording else free_tokens[item.name]))

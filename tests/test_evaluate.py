@@ -101,7 +101,7 @@ def test_folders_give_each_clip_another_prompt_of_its_speaker(evaluate, tiny_rec
 
 
 def test_conditions(evaluate):
-    for name in ("free", "length-0.8", "emotion-happy", "no-emotion", "no-hidden-states"):
+    for name in ("free", "length-0.8", "told-1.25", "emotion-happy", "no-emotion", "no-hidden-states"):
         assert evaluate.check_condition(name) == name
     for name in ("length-", "length-0", "emotion-hungry", "fast"):
         with pytest.raises(argparse.ArgumentTypeError, match="is no condition"):
@@ -228,7 +228,7 @@ def test_a_list_from_end_to_end(tiny_checkpoint, tiny_recordings, recognizer, sp
     (tmp_path / "buzz.wav").write_bytes((tiny_recordings / "speaker0-0.wav").read_bytes())
     (tmp_path / "meta.lst").write_text(f"a||buzz|Hello there.\nb|text|{prompt}|Good day.\n")
     out = tmp_path / "report"
-    conditions = ["length-0.5", "emotion-happy", "no-hidden-states", "no-emotion"]
+    conditions = ["length-0.5", "told-0.5", "emotion-happy", "no-hidden-states", "no-emotion"]
     options = [
         *("--model", tiny_checkpoint, "--list", tmp_path / "meta.lst", "--output", out, "--conditions", *conditions),
         *("--asr", recognizer, "--speaker_model", speaker_model, "--measures", "words", "voice", "prosody"),
@@ -237,7 +237,7 @@ def test_a_list_from_end_to_end(tiny_checkpoint, tiny_recordings, recognizer, sp
     assert result.returncode == 1 and "no recording of the voice 'buzz' to compare with" in result.stderr
     result = run_evaluate(*options, "--references", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("| | free | length-0.5 | emotion-happy | no-hidden-states | no-emotion |")
+    assert result.stdout.startswith("| | free | length-0.5 | told-0.5 | emotion-happy | no-hidden-states | no-emotion |")
 
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert [(row["condition"], row["name"]) for row in rows] == [
@@ -248,6 +248,8 @@ def test_a_list_from_end_to_end(tiny_checkpoint, tiny_recordings, recognizer, sp
         row = of["length-0.5", name]
         assert row["num_tokens"] == row["asked_tokens"] == max(1, round(0.5 * of["free", name]["num_tokens"]))
         assert row["asked_s"] == row["asked_tokens"] / 50
+        told = of["told-0.5", name]  # an untrained model does not listen, and goes on to the end
+        assert told["asked_tokens"] == row["asked_tokens"] < told["num_tokens"]
         info = soundfile.info(out / "audio" / "length-0.5" / f"{name}.wav")
         assert info.frames / info.samplerate == row["seconds"]
         assert all(of["free", name][key] is not None for key in ("word_errors", "similarity_to_others", "speech_s"))

