@@ -1,13 +1,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_speech
 
+from indextts2_hf.feature_extraction_indextts2 import log_mel
 from indextts2_hf.modeling_vocoder import (
     AntiAliasedSnake,
     IndexTTS2Vocoder,
     IndexTTS2VocoderOutput,
     downsample_twice,
     kaiser_sinc_filter,
+    make_pulses,
     repeat_beyond_end,
     upsample_twice,
     zero_beyond_end,
@@ -40,15 +43,30 @@ def vocoder() -> IndexTTS2Vocoder:
     return tiny_vocoder()
 
 
+SOURCE = {"use_source": True, "source_hidden_size": 12, "n_fft": 64, "win_length": 48}
+
+
+def sourced_vocoder() -> IndexTTS2Vocoder:
+    vocoder = tiny_vocoder(**SOURCE)
+    with torch.no_grad():
+        vocoder.conv_out.weight.normal_(std=0.01)  # made as zeros
+    return vocoder
+
+
+@pytest.fixture(params=[tiny_vocoder, sourced_vocoder], ids=["plain", "source"])
+def any_vocoder(request) -> IndexTTS2Vocoder:
+    return request.param()
+
+
 @pytest.fixture
 def mel() -> torch.Tensor:
     return torch.randn(3, 19, TINY["num_mel_bins"], generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shapes_and_dtypes(vocoder, mel, dtype):
-    assert vocoder.hop_length == 8
-    output = vocoder.to(dtype)(mel.to(dtype))
+def test_shapes_and_dtypes(any_vocoder, mel, dtype):
+    assert any_vocoder.hop_length == 8
+    output = any_vocoder.to(dtype)(mel.to(dtype))
     assert isinstance(output, IndexTTS2VocoderOutput)
     assert output.waveform.shape == (3, 19 * 8)
     assert output.waveform.dtype == dtype
@@ -136,20 +154,24 @@ def test_what_stands_beyond_a_row_end():
 
 
 @pytest.mark.parametrize("lengths", [(19, 12, 1), (7, 19, 0), (5, 5, 5)])
-def test_a_row_of_a_padded_batch_is_the_row_alone(vocoder, mel, lengths):
+def test_a_row_of_a_padded_batch_is_the_row_alone(any_vocoder, mel, lengths):
     for row, length in enumerate(lengths):
         mel[row, length:] = float("nan")
-    waveform = vocoder(mel, torch.tensor(lengths)).waveform
+    # Given, because a pulse moves by what float32 leaves open in the pitch that is read.
+    pitch = torch.linspace(100, 200, 57).view(3, 19)
+    output = any_vocoder(mel, torch.tensor(lengths), pitch=pitch)
     for row, length in enumerate(lengths):
-        end = length * vocoder.hop_length
-        assert waveform[row, end:].abs().sum() == 0
+        end = length * any_vocoder.hop_length
+        assert output.waveform[row, end:].abs().sum() == 0
         if length:
-            alone = vocoder(mel[row : row + 1, :length]).waveform[0]
-            torch.testing.assert_close(waveform[row, :end], alone, rtol=0, atol=1e-5)
+            alone = any_vocoder(mel[row : row + 1, :length], pitch=pitch[row : row + 1, :length])
+            torch.testing.assert_close(output.waveform[row, :end], alone.waveform[0], rtol=0, atol=1e-5)
+            if alone.pitch is not None:
+                torch.testing.assert_close(output.pitch[row, :length], alone.pitch[0], rtol=1e-6, atol=0)
 
 
-def test_full_lengths_change_nothing(vocoder, mel):
-    assert torch.equal(vocoder(mel, torch.tensor([19, 19, 19])).waveform, vocoder(mel).waveform)
+def test_full_lengths_change_nothing(any_vocoder, mel):
+    assert torch.equal(any_vocoder(mel, torch.tensor([19, 19, 19])).waveform, any_vocoder(mel).waveform)
 
 
 def test_gradients_reach_every_parameter(vocoder, mel):
@@ -159,34 +181,34 @@ def test_gradients_reach_every_parameter(vocoder, mel):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(vocoder, mel):
+def test_gradient_checkpointing_gives_the_same_gradients(any_vocoder, mel):
     lengths = torch.tensor([19, 12, 4])
     gradients = []
     for _ in range(2):
-        vocoder.zero_grad()
-        vocoder(mel, lengths).waveform.square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in vocoder.parameters()])
-        vocoder.enable_gradient_checkpointing()
+        any_vocoder.zero_grad()
+        any_vocoder(mel, lengths).waveform.square().sum().backward()
+        gradients.append([p.grad.clone() for p in any_vocoder.parameters() if p.grad is not None])
+        any_vocoder.enable_gradient_checkpointing()
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_save_and_load(vocoder, mel, tmp_path, low_cpu_mem_usage):
-    vocoder.save_pretrained(tmp_path)
+def test_save_and_load(any_vocoder, mel, tmp_path, low_cpu_mem_usage):
+    any_vocoder.save_pretrained(tmp_path)
     loaded = IndexTTS2Vocoder.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert not loaded.training
-    assert loaded.hop_length == vocoder.hop_length
+    assert loaded.hop_length == any_vocoder.hop_length
     assert loaded.config.sampling_rate == TINY["sampling_rate"]
-    assert loaded.state_dict().keys() == vocoder.state_dict().keys()
-    for name, tensor in vocoder.state_dict().items():
+    assert loaded.state_dict().keys() == any_vocoder.state_dict().keys()
+    for name, tensor in any_vocoder.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert torch.equal(loaded.filter_taps, kaiser_sinc_filter())
-    assert torch.equal(loaded(mel).waveform, vocoder(mel).waveform)
+    assert torch.equal(loaded(mel).waveform, any_vocoder(mel).waveform)
 
 
-def test_loading_in_another_dtype_casts_the_filter_too(vocoder, mel, tmp_path):
-    vocoder.save_pretrained(tmp_path)
+def test_loading_in_another_dtype_casts_the_filter_too(any_vocoder, mel, tmp_path):
+    any_vocoder.save_pretrained(tmp_path)
     loaded = IndexTTS2Vocoder.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert loaded.filter_taps.dtype == torch.bfloat16
     assert loaded(mel.bfloat16()).waveform.dtype == torch.bfloat16
@@ -212,3 +234,51 @@ def test_impossible_sizes_are_refused(sizes, message):
 def test_a_mel_of_another_shape_is_refused(vocoder, shape):
     with pytest.raises(ValueError, match=r"`mel` has shape .* but the vocoder expects .* 10\)"):
         vocoder(torch.zeros(shape))
+
+
+def test_pulses_are_the_sum_of_all_harmonics():
+    pitch = torch.full((1, 20), 130.0)
+    pulses = make_pulses(pitch, hop_length=50, sampling_rate=8000)
+    phase = 2 * torch.pi * 130.0 * torch.arange(1, 1001, dtype=torch.float64) / 8000
+    harmonics = sum((number * phase).cos() for number in range(1, 31))  # 30 * 130 Hz is the last below 4 kHz
+    torch.testing.assert_close(pulses[0].double(), harmonics * (2 / 30) ** 0.5, rtol=0, atol=2e-2)
+    assert pulses.square().mean() == pytest.approx(1, abs=0.02)
+
+
+def test_pulses_follow_the_pitch_for_minutes():
+    pitch = torch.full((1, 12000), 199.9)  # two minutes
+    pulses = make_pulses(pitch, hop_length=160, sampling_rate=16000)
+    spectrum = torch.fft.rfft(pulses[0, -160000:] * torch.hann_window(160000)).abs()
+    assert spectrum[:3000].argmax() / 10 == pytest.approx(199.9, abs=0.06)
+
+
+def test_a_draft_has_the_mel_that_was_asked_for():
+    vocoder = IndexTTS2Vocoder(
+        **{**TINY, "num_mel_bins": 40, "upsample_rates": (5, 5, 4), "upsample_kernel_sizes": (11, 11, 8)},
+        **{"use_source": True, "n_fft": 512, "win_length": 400},
+    ).eval()
+    settings = {"sampling_rate": 8000, "num_mel_bins": 40, "n_fft": 512, "win_length": 400, "hop_length": 100}
+    speech = torch.from_numpy(make_speech(1.0, 8000))
+    wanted = log_mel(speech, **settings)
+    output = vocoder(wanted[None], pitch=torch.full((1, 80), 120.0))
+    found = log_mel(output.waveform[0], **settings)
+    loud = wanted > wanted.max() - 5
+    assert (found - wanted)[loud].abs().mean() < 0.35 < (wanted - wanted.mean(dim=0))[loud].abs().mean()
+    assert output.pitch.shape == (1, 80) and ((output.pitch >= 50) & (output.pitch <= 700)).all()
+
+
+def test_gradients_reach_every_parameter_of_a_source(mel):
+    vocoder = sourced_vocoder().train()
+    output = vocoder(mel - 6, torch.tensor([19, 12, 4]))
+    (output.waveform.square().sum() + output.pitch.log().sum()).backward()
+    for name, parameter in vocoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_new_vocoder_with_a_source_gives_the_draft(mel):
+    vocoder = tiny_vocoder(**SOURCE)
+    mel -= 8  # quiet enough not to be clipped
+    draft, pitch = vocoder.source(mel.transpose(1, 2))
+    output = vocoder(mel)
+    assert torch.equal(output.waveform, draft) and torch.equal(output.pitch, pitch) and draft.abs().max() > 1e-3
+    assert torch.equal(vocoder(mel, return_dict=False)[1], pitch)

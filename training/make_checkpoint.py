@@ -201,7 +201,10 @@ def make_model(sizes: dict[str, Any], tokenizer: IndexTTS2Tokenizer) -> IndexTTS
     settings = fill_in("speaker_encoder", sizes["speaker_encoder"], settings)
     speaker_encoder = build("speaker_encoder", IndexTTS2SpeakerEncoder, settings)
     speaker_embed_dim = (speaker_encoder.config.embed_dim, "`speaker_encoder.embed_dim`")
-    settings = fill_in("vocoder", sizes["vocoder"], {"num_mel_bins": num_mel_bins, "sampling_rate": rate})
+    derived = {"num_mel_bins": num_mel_bins, "sampling_rate": rate}
+    for name in ("n_fft", "win_length", "mel_fmin", "mel_fmax"):
+        derived[name] = (getattr(feature_extractor, name), f"`feature_extractor.{name}`")
+    settings = fill_in("vocoder", sizes["vocoder"], derived)
     vocoder = build("vocoder", IndexTTS2Vocoder, settings)
 
     codebook_size, from_codec = semantic_codec.config.codebook_size, "`semantic_codec.codebook_size`"

@@ -9,12 +9,13 @@ here; clips of up to half a minute serve best, for a clip is decoded whole. `RUN
 `CHECKPOINT` in its vocoder.
 
 The objective is that of HiFi-GAN (arXiv 2010.05646) with the discriminators of BigVGAN (arXiv 2206.04658): least-squares
-adversarial losses against a multi-period and a multi-resolution discriminator, feature matching, and L1 between mels. Ours, and
-not in these papers: the cosine schedule; that generator and discriminators step at the same time, by one AdamW; plain
+adversarial losses against a multi-period and a multi-resolution discriminator, feature matching, and L1 between mels. A vocoder with
+a source hears the true pitch (YIN) in training and learns to read it from the mel. Ours, and not in these papers: the cosine schedule; that generator and discriminators step at the same time, by one AdamW; plain
 convolutions in the generator, whose weight norm is folded.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from checkpoint import load_part, write_part
 from data import Clip, add_columns_argument, choose_splits, draw_generator, leave_out_faulty, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2Vocoder
 from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
+from indextts2_hf.modeling_vocoder import PITCH_LIMITS
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
 
 
@@ -43,6 +45,7 @@ RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 MEL_SCALES = ((32, 5), (64, 10), (128, 20), (256, 40), (512, 80), (1024, 160), (2048, 320))
 MEL_WEIGHT = 45.0
 FEATURE_WEIGHT = 2.0
+PITCH_WEIGHT = 10.0  # of a vocoder with a source; ours
 LEAK = 0.1  # of the leaky rectifiers
 
 # Of a held-out clip so many seconds are vocoded.
@@ -124,6 +127,19 @@ def mel_settings(feature_extractor: IndexTTS2FeatureExtractor) -> dict[str, Any]
     return {name: getattr(feature_extractor, name) for name in names}
 
 
+def estimate_pitch(waveform: np.ndarray, hop_length: int, sampling_rate: int) -> torch.Tensor:
+    """Pitch (num_frames,) in Hz at the middles of the mel's frames, by YIN; anything where there is no voice."""
+    import librosa
+
+    lowest, highest = PITCH_LIMITS
+    size = 2 ** math.ceil(math.log2(3 * sampling_rate / lowest))
+    padded = np.pad(waveform, ((size - hop_length) // 2, size // 2))
+    pitch = librosa.yin(
+        padded, fmin=lowest, fmax=highest, sr=sampling_rate, frame_length=size, hop_length=hop_length, center=False
+    )
+    return torch.from_numpy(pitch[: len(waveform) // hop_length]).float()
+
+
 class MelAndWaveform(Dataset):
     r"""
     Pairs of a mel and its waveform: random segments, or the beginnings of clips.
@@ -138,6 +154,7 @@ class MelAndWaveform(Dataset):
         num_frames (`int`): mel frames of an example.
         is_random (`bool`): segments from anywhere, filled up with silence, instead of beginnings of up to `num_frames`.
         cache_s (`float`): seconds of decoded audio to keep.
+        with_pitch (`bool`, defaults to `False`): add what a vocoder with a source learns to read.
     """
 
     def __init__(
@@ -148,8 +165,10 @@ class MelAndWaveform(Dataset):
         num_frames: int,
         is_random: bool,
         cache_s: float,
+        with_pitch: bool = False,
     ):
         self.clips = clips
+        self.with_pitch = with_pitch
         self.settings = mel_settings(feature_extractor)
         self.seed = seed
         self.num_frames = num_frames
@@ -173,14 +192,18 @@ class MelAndWaveform(Dataset):
         spare = max(0, total - self.num_frames)
         start = int(draw_generator(self.seed, draw).integers(spare + 1)) if self.is_random else 0
         end = min(total, start + self.num_frames)
+        samples = waveform[start * hop_length : end * hop_length]
         # With as much before and behind as the windows of its frames reach, where there is as much.
         first, last = max(0, start - self.margin), min(total, end + self.margin)
         mel = log_mel(torch.from_numpy(waveform[first * hop_length : last * hop_length]), **self.settings)
-        return {
+        example = {
             "id": self.clips[index].clip,
             "mel": mel[start - first : end - first],
-            "waveform": torch.from_numpy(waveform[start * hop_length : end * hop_length]),
+            "waveform": torch.from_numpy(samples),
         }
+        if self.with_pitch:
+            example["pitch"] = estimate_pitch(samples, hop_length, self.settings["sampling_rate"])
+        return example
 
     def read(self, index: int) -> np.ndarray:
         """A clip at the checkpoint's sampling rate, in whole frames."""
@@ -202,13 +225,19 @@ class MelAndWaveform(Dataset):
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: `mel` (batch_size, num_mel_frames, num_mel_bins), `mel_lengths`, `waveform` (batch_size, num_samples), `ids`."""
-    return {
+    """
+    A batch: `mel` (batch_size, num_mel_frames, num_mel_bins), `mel_lengths`, `waveform` (batch_size, num_samples), `ids`, and for
+    a source `pitch` (batch_size, num_mel_frames).
+    """
+    batch = {
         "ids": [example["id"] for example in examples],
         "mel": pad_sequence([example["mel"] for example in examples], batch_first=True),
         "mel_lengths": torch.tensor([len(example["mel"]) for example in examples]),
         "waveform": pad_sequence([example["waveform"] for example in examples], batch_first=True),
     }
+    if "pitch" in examples[0]:
+        batch["pitch"] = pad_sequence([example["pitch"] for example in examples], batch_first=True)
+    return batch
 
 
 # --- discriminators ------------------------------------------------------------------------------------------------------
@@ -347,6 +376,12 @@ def feature_loss(real: list[list[torch.Tensor]], generated: list[list[torch.Tens
     )
 
 
+def pitch_loss(found: torch.Tensor, wanted: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
+    """L1 in octaves between two pitches `(batch_size, num_mel_frames)`; a frame counts by its loudness, which is in its vowels."""
+    weight = mel.exp().mean(dim=-1)
+    return ((found.log2() - wanted.log2()).abs() * weight).sum() / weight.sum()
+
+
 def stft_distance(generated: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """
     Multi-resolution STFT distance of two waveforms `(1, num_samples)`: spectral convergence plus L1 of log magnitudes, mean over
@@ -447,7 +482,15 @@ def main() -> None:
             f"--segment_s {arguments.segment_s} is {num_frames * model.hop_length} samples, but the discriminators look at "
             f"{shortest} at once. Give at least {shortest / model.config.sampling_rate + 0.01:.2f}."
         )
-    dataset = MelAndWaveform(splits["train"], feature_extractor, arguments.seed, num_frames, True, arguments.cache_s)
+    dataset = MelAndWaveform(
+        splits["train"],
+        feature_extractor,
+        arguments.seed,
+        num_frames,
+        True,
+        arguments.cache_s,
+        with_pitch=model.source is not None,
+    )
     held_out = MelAndWaveform(
         splits["validation"][: arguments.evaluation_clips],
         feature_extractor,
@@ -486,11 +529,12 @@ def main() -> None:
     )
 
     if run.step == 0:
-        run.keep_best(evaluate(run, model, held_out), "mel_l1_per_bin", {"vocoder": model})
+        run.keep_best(evaluate(run, model, held_out), "stft_distance", {"vocoder": model})
     for batch in run.batches(loader):
         with accelerator.accumulate(model, discriminators):
             real = batch["waveform"]
-            generated = model(batch["mel"]).waveform
+            output = model(batch["mel"], pitch=batch.get("pitch"))
+            generated = output.waveform
             figures = {}
 
             mel_loss = F.l1_loss(log_mel(generated, **dataset.settings), log_mel(real, **dataset.settings))
@@ -499,6 +543,9 @@ def main() -> None:
                 mel_loss = multiscale_mel_loss(generated, real, feature_extractor.sampling_rate)
                 figures["multiscale_mel_l1_per_bin"] = mel_loss
             loss = MEL_WEIGHT * mel_loss
+            if output.pitch is not None:
+                figures["pitch_l1_octaves"] = pitch_loss(output.pitch, batch["pitch"], batch["mel"])
+                loss = loss + PITCH_WEIGHT * figures["pitch_l1_octaves"]
             if run.step >= arguments.discriminator_start_step:
                 # One pass, because the wrapper of several processes allows no more before `backward`.
                 outputs = discriminators(torch.cat([real, generated.detach()]))
@@ -529,7 +576,7 @@ def main() -> None:
             continue
         run.advance(scheduler.get_last_lr()[0])
         if run.should_evaluate:
-            run.keep_best(evaluate(run, model, held_out), "mel_l1_per_bin", {"vocoder": model})
+            run.keep_best(evaluate(run, model, held_out), "stft_distance", {"vocoder": model})
         if run.should_save:
             run.save_state()
         if run.is_done:

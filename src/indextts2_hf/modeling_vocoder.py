@@ -1,9 +1,11 @@
 """
 The vocoder: mel frames to waveform (BigVGAN v2 in plain PyTorch).
 
-Knows nothing of text, semantic tokens or the way a mel is computed. The network is fully convolutional: a short stack of
-transposed convolutions, each followed by residual blocks whose periodic activation runs at twice the rate to keep the
-harmonics it creates from folding back.
+Knows nothing of text or semantic tokens. The network is fully convolutional: a short stack of transposed convolutions, each
+followed by residual blocks whose periodic activation runs at twice the rate to keep the harmonics it creates from folding back.
+
+A convolutional network must find in the mel where the pulses of the voice lie, which takes a large one and a million steps. A
+small one may be given a draft of the waveform, with pulses at the pitch that a few layers read from the mel, and refine it.
 """
 
 import math
@@ -15,12 +17,21 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
+from transformers.audio_utils import mel_filter_bank
 
 
 # The low-pass filter around every activation. Constants of BigVGAN v2, so not configuration.
 NUM_FILTER_TAPS = 12
 FILTER_CUTOFF = 0.25  # of the doubled rate: half the band, where the images of the upsampling begin
 FILTER_HALF_WIDTH = 0.3
+
+# The pitch of a draft, in Hz: the middle from which its layers count, and the limits.
+MIDDLE_PITCH = 160.0
+PITCH_LIMITS = (50.0, 700.0)
+# How often the bands of a draft are brought to those of the mel, which overlap.
+NUM_EQUALIZATIONS = 2
+# Mean and half the spread of log-mels of speech.
+MEAN_LOG_MEL, LOG_MEL_SCALE = -6.0, 2.0
 
 
 @dataclass
@@ -31,9 +42,12 @@ class IndexTTS2VocoderOutput(BaseOutput):
     Args:
         waveform (`torch.Tensor` of shape `(batch_size, num_mel_frames * hop_length)`):
             Samples in [-1, 1], zero beyond a row's end.
+        pitch (`torch.Tensor` of shape `(batch_size, num_mel_frames)`, *optional*):
+            What a vocoder with a source reads from the mel, in Hz; anything where there is no voice.
     """
 
     waveform: torch.Tensor
+    pitch: torch.Tensor | None = None
 
 
 def kaiser_sinc_filter() -> torch.Tensor:
@@ -193,13 +207,153 @@ class UpsamplingStage(nn.Module):
         hidden_states: torch.Tensor,
         taps: torch.Tensor,
         lengths: torch.Tensor | None = None,
+        from_source: torch.Tensor | None = None,
     ) -> torch.Tensor:
         hidden_states = self.upsample(zero_beyond_end(hidden_states, lengths))
+        if from_source is not None:
+            hidden_states = hidden_states + from_source
         lengths = None if lengths is None else lengths * self.rate
         refined = 0
         for block in self.blocks:
             refined = refined + block(hidden_states, taps, lengths)
         return refined / len(self.blocks)
+
+
+def make_pulses(pitch: torch.Tensor, hop_length: int, sampling_rate: int) -> torch.Tensor:
+    r"""
+    Band-limited pulses of power 1.
+
+    Args:
+        pitch (`torch.Tensor` of shape `(batch_size, num_frames)`): in Hz, at the middle of each frame.
+        hop_length (`int`): samples per frame.
+        sampling_rate (`int`): in Hz.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_frames * hop_length)`: all harmonics below half the sampling rate, alike.
+    """
+    pitch = F.interpolate(pitch[:, None], scale_factor=hop_length, mode="linear")[:, 0]
+    # Periods since the beginning, in two steps, so that float32 is precise after minutes.
+    inside = (pitch / sampling_rate).unflatten(1, (-1, hop_length)).cumsum(dim=2)
+    before = F.pad(inside[:, :-1, -1] % 1.0, (1, 0)).cumsum(dim=1)
+    half_phase = math.pi * ((inside + before[..., None]).flatten(1) % 1.0)
+    count = (sampling_rate / 2 / pitch).floor()
+    # The sum of the cosines of `count` harmonics (Dirichlet's kernel); at the pulse itself it is `count`.
+    sine = half_phase.sin()
+    is_pulse = sine < 1e-4
+    kernel = ((2 * count + 1) * half_phase).sin() / sine.masked_fill(is_pulse, 1.0)
+    return (torch.where(is_pulse, 2 * count + 1, kernel) - 1) / (2 * count).sqrt()
+
+
+class HarmonicSource(nn.Module):
+    r"""
+    A draft of the waveform: pulses and noise, mixed in each band as some layers read from the mel, at the level of the mel.
+
+    After the neural source-filter model (arXiv 1904.12088), whose filter here needs no weights; ours otherwise. Neither the paper of
+    IndexTTS2 nor BigVGAN has it.
+
+    Args:
+        num_mel_bins, sampling_rate, hop_length, n_fft, win_length, mel_fmin, mel_fmax: as of the mel.
+        hidden_size (`int`): width of the layers.
+    """
+
+    def __init__(
+        self,
+        num_mel_bins: int,
+        sampling_rate: int,
+        hop_length: int,
+        n_fft: int,
+        win_length: int,
+        mel_fmin: float,
+        mel_fmax: float | None,
+        hidden_size: int,
+    ) -> None:
+        super().__init__()
+        self.sampling_rate = sampling_rate
+        self.hop_length = hop_length
+        self.n_fft = n_fft
+        sizes = [num_mel_bins, hidden_size, hidden_size, hidden_size]
+        self.layers = nn.ModuleList([nn.Conv1d(*pair, 5, padding=2) for pair in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.pitch_projection = nn.Conv1d(hidden_size, 1, 1)
+        self.periodicity_projection = nn.Conv1d(hidden_size, num_mel_bins, 1)
+        filters = mel_filter_bank(
+            num_frequency_bins=n_fft // 2 + 1,
+            num_mel_filters=num_mel_bins,
+            min_frequency=mel_fmin,
+            max_frequency=sampling_rate / 2 if mel_fmax is None else mel_fmax,
+            sampling_rate=sampling_rate,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+        window = F.pad(torch.hann_window(win_length), ((n_fft - win_length) // 2, (n_fft - win_length + 1) // 2))
+        # Saved, so they are right however the weights come in.
+        self.register_buffer("mel_filters", torch.from_numpy(filters).float())
+        self.register_buffer("window", window)
+
+    def read_mel(self, mel: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""`(batch_size, num_mel_bins, num_frames)` to pitch `(batch_size, num_frames)` and periodicity, like the mel, 0 to 1."""
+        hidden_states = (mel - MEAN_LOG_MEL) / LOG_MEL_SCALE
+        for layer in self.layers:
+            hidden_states = F.gelu(layer(zero_beyond_end(hidden_states, lengths)))
+        pitch = MIDDLE_PITCH * 2 ** repeat_beyond_end(self.pitch_projection(hidden_states), lengths)[:, 0]
+        return pitch.float().clamp(*PITCH_LIMITS), self.periodicity_projection(hidden_states).sigmoid().float()
+
+    def transform(self, waveform: torch.Tensor) -> torch.Tensor:
+        r"""`(batch_size, num_samples)` to spectra `(batch_size, num_frames, n_fft / 2 + 1)` at the places of the mel's frames."""
+        padding = self.n_fft - self.hop_length
+        frames = F.pad(waveform, (padding // 2, padding - padding // 2)).unfold(1, self.n_fft, self.hop_length)
+        return torch.fft.rfft(frames * self.window.float())
+
+    def overlap_add(self, spectra: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        r"""The inverse of `transform`."""
+        window = self.window.float()
+        frames = zero_beyond_end((torch.fft.irfft(spectra, self.n_fft) * window).transpose(1, 2), lengths)
+        weights = zero_beyond_end(window.square()[None, :, None].expand_as(frames), lengths)
+        num_samples = frames.shape[2] * self.hop_length
+        padding = self.n_fft - self.hop_length
+        size = (1, num_samples + padding)
+        total, weight = (
+            F.fold(part, size, (1, self.n_fft), stride=(1, self.hop_length)).flatten(1) for part in (frames, weights)
+        )
+        return (total / weight.clamp(min=1e-3))[:, padding // 2 :][:, :num_samples]
+
+    def forward(
+        self, mel: torch.Tensor, lengths: torch.Tensor | None = None, pitch: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Args:
+            mel (`torch.Tensor` of shape `(batch_size, num_mel_bins, num_frames)`): natural logarithms.
+            lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*): frames of each row.
+            pitch (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*): in Hz, instead of what is read.
+
+        Returns:
+            The draft `(batch_size, num_samples)` and the pitch that was read `(batch_size, num_frames)`.
+        """
+        found, periodicity = self.read_mel(mel, lengths)
+        pitch = found.detach() if pitch is None else repeat_beyond_end(pitch[:, None], lengths)[:, 0].clamp(*PITCH_LIMITS)
+        with torch.autocast(mel.device.type, enabled=False):
+            return self.draw(mel.float(), lengths, pitch, periodicity).to(mel.dtype), found
+
+    def draw(
+        self, mel: torch.Tensor, lengths: torch.Tensor | None, pitch: torch.Tensor, periodicity: torch.Tensor
+    ) -> torch.Tensor:
+        r"""The draft in float32, whatever the precision of the layers."""
+        pulses = make_pulses(pitch, self.hop_length, self.sampling_rate)
+        # The same noise for the same frames, whatever else is in the batch; in training another one every time.
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        num_samples = pulses.shape[1]
+        # PyTorch draws sixteen at a time, and the rest otherwise.
+        noise = torch.randn(-(-num_samples // 16) * 16, generator=generator)[:num_samples].to(pulses).expand_as(pulses)
+        ends = None if lengths is None else lengths * self.hop_length
+        pulses, noise = (self.transform(zero_beyond_end(part[:, None], ends)[:, 0]) for part in (pulses, noise))
+        # What a bin takes from the bands it lies in.
+        filters = self.mel_filters.float()
+        shares = (filters / filters.sum(dim=1, keepdim=True).clamp(min=1e-9)).T
+        share = periodicity.transpose(1, 2) @ shares
+        spectra = pulses * share + noise * (1 - share)
+        for _ in range(NUM_EQUALIZATIONS):
+            level = (spectra.abs() @ filters).clamp(min=1e-5).log()
+            spectra = spectra * ((mel.transpose(1, 2) - level).exp() @ shares)
+        return self.overlap_add(spectra, lengths)
 
 
 class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
@@ -223,6 +377,14 @@ class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
             For each of these blocks the dilations of its layers.
         sampling_rate (`int`, defaults to 22050):
             Samples per second of the waveform, in Hz.
+        use_source (`bool`, defaults to `False`):
+            Whether a [`HarmonicSource`] makes a draft, which every stage hears and to which the network adds. Not in BigVGAN.
+        source_hidden_size (`int`, defaults to 128):
+            Width of the layers that read pitch and periodicity for it.
+        n_fft, win_length (`int`, default to 1024):
+            Transform and window of the mel, in samples, for the source.
+        mel_fmin (`float`, defaults to 0.0), mel_fmax (`float`, *optional*):
+            Edges of the mel in Hz, for the source.
 
     Attributes:
         hop_length (`int`): samples per mel frame (256).
@@ -242,6 +404,12 @@ class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
         resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11),
         resblock_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5)),
         sampling_rate: int = 22050,
+        use_source: bool = False,
+        source_hidden_size: int = 128,
+        n_fft: int = 1024,
+        win_length: int = 1024,
+        mel_fmin: float = 0.0,
+        mel_fmax: float | None = None,
     ) -> None:
         super().__init__()
         if len(upsample_rates) != len(upsample_kernel_sizes):
@@ -280,6 +448,20 @@ class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
         channels = initial_channels // 2 ** len(upsample_rates)
         self.activation_out = AntiAliasedSnake(channels)
         self.conv_out = nn.Conv1d(channels, 1, 7, padding=3, bias=False)
+        self.source = None
+        if use_source:
+            self.source = HarmonicSource(
+                num_mel_bins, sampling_rate, self.hop_length, n_fft, win_length, mel_fmin, mel_fmax, source_hidden_size
+            )
+            steps = [math.prod(upsample_rates[i + 1 :]) for i in range(len(upsample_rates))]
+            self.source_convs = nn.ModuleList(
+                [
+                    nn.Conv1d(1, initial_channels // 2 ** (i + 1), step + 2 * (step // 2), step, padding=step // 2)
+                    for i, step in enumerate(steps)
+                ]
+            )
+            # The draft is what is heard until something better is learnt.
+            nn.init.zeros_(self.conv_out.weight)
         # One filter serves every activation. It is saved, so it is right however the weights come in.
         self.register_buffer("filter_taps", kaiser_sinc_filter())
         self.gradient_checkpointing = False
@@ -288,8 +470,9 @@ class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
         self,
         mel: torch.Tensor,
         mel_lengths: torch.Tensor | None = None,
+        pitch: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> IndexTTS2VocoderOutput | tuple[torch.Tensor]:
+    ) -> IndexTTS2VocoderOutput | tuple[torch.Tensor, ...]:
         r"""
         Waveform of a batch of mels.
 
@@ -299,6 +482,8 @@ class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
             mel_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 Frames per row of a right-padded batch; a row then gives what it gives alone. `None` means that every row
                 fills the batch, and costs nothing.
+            pitch (`torch.Tensor` of shape `(batch_size, num_mel_frames)`, *optional*):
+                In Hz, instead of what a source reads from the mel: for training. Without a source it has no effect.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`IndexTTS2VocoderOutput`] or a plain tuple.
 
@@ -314,16 +499,24 @@ class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
                 f"{self.num_mel_bins}). Transpose a mel that has its bands first."
             )
         taps, lengths = self.filter_taps, mel_lengths
-        hidden_states = self.conv_in(zero_beyond_end(mel.transpose(1, 2), lengths))
-        for stage in self.stages:
+        mel = zero_beyond_end(mel.transpose(1, 2), lengths)
+        draft, found_pitch, heard = None, None, [None] * len(self.stages)
+        if self.source is not None:
+            draft, found_pitch = self.source(mel, lengths, pitch)
+            draft = zero_beyond_end(draft[:, None], None if lengths is None else lengths * self.hop_length)
+            heard = [conv(draft) for conv in self.source_convs]
+        hidden_states = self.conv_in(mel)
+        for stage, from_source in zip(self.stages, heard, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(stage, hidden_states, taps, lengths)
+                hidden_states = self._gradient_checkpointing_func(stage, hidden_states, taps, lengths, from_source)
             else:
-                hidden_states = stage(hidden_states, taps, lengths)
+                hidden_states = stage(hidden_states, taps, lengths, from_source)
             lengths = None if lengths is None else lengths * stage.rate
         hidden_states = self.conv_out(self.activation_out(hidden_states, taps, lengths))
+        if draft is not None:
+            hidden_states = draft + hidden_states
         # Parity: the released vocoder clips; it has no tanh.
         waveform = zero_beyond_end(hidden_states, lengths).squeeze(1).clamp(-1.0, 1.0)
         if not return_dict:
-            return (waveform,)
-        return IndexTTS2VocoderOutput(waveform=waveform)
+            return (waveform,) if found_pitch is None else (waveform, found_pitch)
+        return IndexTTS2VocoderOutput(waveform=waveform, pitch=found_pitch)
