@@ -237,7 +237,9 @@ def test_a_list_from_end_to_end(tiny_checkpoint, tiny_recordings, recognizer, sp
     assert result.returncode == 1 and "no recording of the voice 'buzz' to compare with" in result.stderr
     result = run_evaluate(*options, "--references", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("| | free | length-0.5 | told-0.5 | emotion-happy | no-hidden-states | no-emotion |")
+    assert result.stdout.startswith(
+        "| | free | length-0.5 | told-0.5 | emotion-happy | no-hidden-states | no-emotion |"
+    )
 
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert [(row["condition"], row["name"]) for row in rows] == [

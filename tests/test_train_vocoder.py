@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import make_speech
 from safetensors.torch import load_file
 
-from conftest import make_speech
 from data import Clip, EndlessBatchSampler, choose_splits, find_fault, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2TextToAudioPipeline, IndexTTS2Vocoder
 from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
@@ -114,7 +114,9 @@ def test_a_source_learns_to_read_the_pitch(options, checkpoint, tmp_path):
     base, out = tmp_path / "base", tmp_path / "run"
     shutil.copytree(checkpoint, base)
     IndexTTS2Vocoder(**{**load_vocoder(base).config, "use_source": True}).save_pretrained(base / "vocoder")
-    run_program("train_vocoder", "--output", out, *options, "--model", base, "--max_train_steps", 30, "--learning_rate", 1e-3)
+    run_program(
+        "train_vocoder", "--output", out, *options, "--model", base, "--max_train_steps", 30, "--learning_rate", 1e-3
+    )
     pitch = [row["train/pitch_l1_octaves"] for row in read_log(out, "train/")]
     assert np.mean(pitch[-5:]) < 0.7 * np.mean(pitch[:5])
     pipe = IndexTTS2TextToAudioPipeline.from_pretrained(out / "last")

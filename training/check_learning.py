@@ -14,6 +14,7 @@ The "held-out" split of these runs is the training clips themselves: overfitting
 import argparse
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -62,6 +63,11 @@ RUNS = {
             "--max_grad_norm",
             500,
         ),
+    ],
+    "vocoder_with_source": [
+        *("--max_train_steps", 1500, "--batch_size", 4, "--learning_rate", 5e-4, "--eval_steps", 250),
+        *("--segment_s", 0.372, "--discriminator_channels", 8, "--discriminator_start_step", 300),
+        *("--discriminator_rate_factor", 2, "--max_grad_norm", 500),
     ],
     "emotion": ["--max_train_steps", 300, "--batch_size", 16, "--learning_rate", 3e-4, "--eval_steps", 100],
     "emotion_lora": [
@@ -305,12 +311,23 @@ def distill_mos(waveforms: list[np.ndarray], sampling_rate: int) -> float | None
     return float(np.mean(scores))
 
 
+def check_vocoder_with_source(work: Path) -> dict[str, Any]:
+    base = work / "checkpoint_with_source"
+    if not base.is_dir():
+        torch.manual_seed(0)
+        config = dict(IndexTTS2Vocoder.from_pretrained(work / "checkpoint", subfolder="vocoder").config)
+        shutil.copytree(work / "checkpoint", base)
+        IndexTTS2Vocoder.from_config({**config, "use_source": True}).save_pretrained(base / "vocoder")
+    return check_vocoder(work, "vocoder_with_source", base.name)
+
+
 @torch.no_grad()
-def check_vocoder(work: Path) -> dict[str, Any]:
-    minutes = train(work, "train_vocoder", "vocoder", "checkpoint", "clips")
-    model = IndexTTS2ForTextToWaveform.from_pretrained(work / "checkpoint")
+def check_vocoder(work: Path, name: str = "vocoder", base: str = "checkpoint") -> dict[str, Any]:
+    minutes = train(work, "train_vocoder", name, base, "clips")
+    model = IndexTTS2ForTextToWaveform.from_pretrained(work / base)
     extractor = model.feature_extractor
-    trained = IndexTTS2Vocoder.from_pretrained(work / "vocoder", subfolder="vocoder").eval()
+    # The last one: what the discriminators teach is not what chooses the best.
+    trained = IndexTTS2Vocoder.from_pretrained(work / name / "last", subfolder="vocoder").eval()
     rate = extractor.sampling_rate
     settings = {
         name: getattr(extractor, name)
@@ -372,6 +389,7 @@ STAGES = {
     "emotion": check_emotion,
     "s2m": check_s2m,
     "vocoder": check_vocoder,
+    "vocoder_with_source": check_vocoder_with_source,
     "emotion_lora": check_lora,
 }
 

@@ -272,7 +272,9 @@ class HarmonicSource(nn.Module):
         self.hop_length = hop_length
         self.n_fft = n_fft
         sizes = [num_mel_bins, hidden_size, hidden_size, hidden_size]
-        self.layers = nn.ModuleList([nn.Conv1d(*pair, 5, padding=2) for pair in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.layers = nn.ModuleList(
+            [nn.Conv1d(*pair, 5, padding=2) for pair in zip(sizes[:-1], sizes[1:], strict=True)]
+        )
         self.pitch_projection = nn.Conv1d(hidden_size, 1, 1)
         self.periodicity_projection = nn.Conv1d(hidden_size, num_mel_bins, 1)
         filters = mel_filter_bank(
@@ -329,7 +331,9 @@ class HarmonicSource(nn.Module):
             The draft `(batch_size, num_samples)` and the pitch that was read `(batch_size, num_frames)`.
         """
         found, periodicity = self.read_mel(mel, lengths)
-        pitch = found.detach() if pitch is None else repeat_beyond_end(pitch[:, None], lengths)[:, 0].clamp(*PITCH_LIMITS)
+        pitch = (
+            found.detach() if pitch is None else repeat_beyond_end(pitch[:, None], lengths)[:, 0].clamp(*PITCH_LIMITS)
+        )
         with torch.autocast(mel.device.type, enabled=False):
             return self.draw(mel.float(), lengths, pitch, periodicity).to(mel.dtype), found
 

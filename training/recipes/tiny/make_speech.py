@@ -82,7 +82,8 @@ for number in range(NUM_OTHER_VOICES):
     VOICES[f"other{number:02}"] = Voice(
         0.32 / NUM_OTHER_VOICES,
         pitch=0.55 * (1.3 / 0.55) ** (number / (NUM_OTHER_VOICES - 1)),
-        formants=0.86 * (1.16 / 0.86) ** ((0.3 * number + 0.7 * (7 * number % NUM_OTHER_VOICES)) / (NUM_OTHER_VOICES - 1)),
+        formants=0.86
+        * (1.16 / 0.86) ** ((0.3 * number + 0.7 * (7 * number % NUM_OTHER_VOICES)) / (NUM_OTHER_VOICES - 1)),
     )
 # In the directions that are known of acted speech (Scherer 2003, table 5: pitch, range, rate, level, high frequencies).
 MANNERS = {
