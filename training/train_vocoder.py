@@ -46,6 +46,7 @@ MEL_SCALES = ((32, 5), (64, 10), (128, 20), (256, 40), (512, 80), (1024, 160), (
 MEL_WEIGHT = 45.0
 FEATURE_WEIGHT = 2.0
 PITCH_WEIGHT = 10.0  # of a vocoder with a source; ours
+PITCH_PERIODS = 2.5  # of the lowest pitch, which YIN looks at
 LEAK = 0.1  # of the leaky rectifiers
 
 # Of a held-out clip so many seconds are vocoded.
@@ -132,7 +133,8 @@ def estimate_pitch(waveform: np.ndarray, hop_length: int, sampling_rate: int) ->
     import librosa
 
     lowest, highest = PITCH_LIMITS
-    size = 2 ** math.ceil(math.log2(3 * sampling_rate / lowest))
+    # As short as the lowest pitch allows: what is heard as one pitch for longer than it is one makes a rough draft.
+    size = 2 * math.ceil(PITCH_PERIODS / 2 * sampling_rate / lowest)
     padded = np.pad(waveform, ((size - hop_length) // 2, size // 2))
     pitch = librosa.yin(
         padded, fmin=lowest, fmax=highest, sr=sampling_rate, frame_length=size, hop_length=hop_length, center=False

@@ -27,7 +27,7 @@ FILTER_HALF_WIDTH = 0.3
 
 # The pitch of a draft, in Hz: the middle from which its layers count, and the limits.
 MIDDLE_PITCH = 160.0
-PITCH_LIMITS = (50.0, 700.0)
+PITCH_LIMITS = (60.0, 600.0)
 # How often the bands of a draft are brought to those of the mel, which overlap.
 NUM_EQUALIZATIONS = 2
 # Mean and half the spread of log-mels of speech.
