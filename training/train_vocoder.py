@@ -10,8 +10,9 @@ here; clips of up to half a minute serve best, for a clip is decoded whole. `RUN
 
 The objective is that of HiFi-GAN (arXiv 2010.05646) with the discriminators of BigVGAN (arXiv 2206.04658): least-squares
 adversarial losses against a multi-period and a multi-resolution discriminator, feature matching, and L1 between mels. A vocoder with
-a source hears the true pitch (YIN) in training and learns to read it from the mel. Ours, and not in these papers: the cosine schedule; that generator and discriminators step at the same time, by one AdamW; plain
-convolutions in the generator, whose weight norm is folded.
+a source is given the pitch of the recording (YIN) in training and learns to read it from the mel. Ours, and not in these papers:
+that; the cosine schedule; that generator and discriminators step at the same time, by one AdamW; plain convolutions in the
+generator, whose weight norm is folded; that the best is the one with the smallest multi-resolution STFT distance.
 """
 
 import argparse
