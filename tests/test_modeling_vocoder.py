@@ -270,7 +270,7 @@ def test_a_draft_has_the_mel_that_was_asked_for():
 def test_gradients_reach_every_parameter_of_a_source(mel):
     vocoder = sourced_vocoder().train()
     output = vocoder(mel - 6, torch.tensor([19, 12, 4]))
-    (output.waveform.square().sum() + output.pitch.log().sum()).backward()
+    (output.waveform.square().sum() + output.pitch.log().sum() + output.periodicity.sum()).backward()
     for name, parameter in vocoder.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
@@ -278,7 +278,29 @@ def test_gradients_reach_every_parameter_of_a_source(mel):
 def test_a_new_vocoder_with_a_source_gives_the_draft(mel):
     vocoder = tiny_vocoder(**SOURCE)
     mel -= 8  # quiet enough not to be clipped
-    draft, pitch = vocoder.source(mel.transpose(1, 2))
+    draft, pitch, periodicity = vocoder.source(mel.transpose(1, 2))
     output = vocoder(mel)
-    assert torch.equal(output.waveform, draft) and torch.equal(output.pitch, pitch) and draft.abs().max() > 1e-3
-    assert torch.equal(vocoder(mel, return_dict=False)[1], pitch)
+    assert torch.equal(output.waveform, draft) and draft.abs().max() > 1e-3
+    for found, wanted in zip(vocoder(mel, return_dict=False)[1:], (pitch, periodicity), strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(output.pitch, pitch) and torch.equal(output.periodicity, periodicity)
+
+
+def test_periodicity_is_that_of_each_band():
+    source = IndexTTS2Vocoder(
+        **{**TINY, "num_mel_bins": 40, "upsample_rates": (5, 5, 4), "upsample_kernel_sizes": (11, 11, 8)},
+        **{"use_source": True, "n_fft": 512, "win_length": 400},
+    ).source
+    pitch = torch.linspace(110, 140, 80)[None]
+    pulses = make_pulses(pitch, hop_length=100, sampling_rate=8000)
+    noise = torch.randn(pulses.shape, generator=torch.Generator().manual_seed(0))
+    inside = slice(3, -3)  # where no window reaches beyond the ends
+    assert source.measure_periodicity(pulses, pitch)[:, inside].min() > 0.9
+    assert source.measure_periodicity(noise, pitch)[:, inside].mean() < 0.15
+    # Of another pitch than its own a voice is not periodic, but in the lowest band, where it is one slow sine.
+    assert source.measure_periodicity(pulses, 1.45 * pitch)[:, inside, 2:].mean() < 0.3
+    # Pulses below, noise above.
+    spectrum = torch.fft.rfft(noise)
+    spectrum[:, : spectrum.shape[1] // 4] = torch.fft.rfft(pulses)[:, : spectrum.shape[1] // 4]
+    mixed = source.measure_periodicity(torch.fft.irfft(spectrum), pitch)[:, inside].mean(dim=(0, 1))
+    assert mixed[0] > 0.9 and mixed[-1] < 0.2

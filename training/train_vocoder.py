@@ -10,7 +10,7 @@ here; clips of up to half a minute serve best, for a clip is decoded whole. `RUN
 
 The objective is that of HiFi-GAN (arXiv 2010.05646) with the discriminators of BigVGAN (arXiv 2206.04658): least-squares
 adversarial losses against a multi-period and a multi-resolution discriminator, feature matching, and L1 between mels. A vocoder with
-a source is given the pitch of the recording (YIN) in training and learns to read it from the mel. Ours, and not in these papers:
+a source is given the pitch of the recording (YIN) in training and learns to read it and the periodicity from the mel. Ours, and not in these papers:
 that; the cosine schedule; that generator and discriminators step at the same time, by one AdamW; plain convolutions in the
 generator, whose weight norm is folded; that the best is the one with the smallest multi-resolution STFT distance.
 """
@@ -46,7 +46,7 @@ RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 MEL_SCALES = ((32, 5), (64, 10), (128, 20), (256, 40), (512, 80), (1024, 160), (2048, 320))
 MEL_WEIGHT = 45.0
 FEATURE_WEIGHT = 2.0
-PITCH_WEIGHT = 10.0  # of a vocoder with a source; ours
+SOURCE_WEIGHT = 10.0  # of the pitch and periodicity that a source reads; ours
 PITCH_PERIODS = 2.5  # of the lowest pitch, which YIN looks at
 LEAK = 0.1  # of the leaky rectifiers
 
@@ -523,6 +523,7 @@ def main() -> None:
     model, discriminators, optimizer, loader, scheduler = accelerator.prepare(
         model, discriminators, optimizer, loader, scheduler
     )
+    source = accelerator.unwrap_model(model).source
     run.restore()
     seconds = num_frames * feature_extractor.hop_length / feature_extractor.sampling_rate
     rows = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
@@ -548,7 +549,9 @@ def main() -> None:
             loss = MEL_WEIGHT * mel_loss
             if output.pitch is not None:
                 figures["pitch_l1_octaves"] = pitch_loss(output.pitch, batch["pitch"], batch["mel"])
-                loss = loss + PITCH_WEIGHT * figures["pitch_l1_octaves"]
+                periodicity = source.measure_periodicity(real, batch["pitch"])
+                figures["periodicity_l1"] = F.l1_loss(output.periodicity, periodicity)
+                loss = loss + SOURCE_WEIGHT * (figures["pitch_l1_octaves"] + figures["periodicity_l1"])
             if run.step >= arguments.discriminator_start_step:
                 # One pass, because the wrapper of several processes allows no more before `backward`.
                 outputs = discriminators(torch.cat([real, generated.detach()]))

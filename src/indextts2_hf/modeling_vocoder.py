@@ -28,6 +28,8 @@ FILTER_HALF_WIDTH = 0.3
 # The pitch of a draft, in Hz: the middle from which its layers count, and the limits.
 MIDDLE_PITCH = 160.0
 PITCH_LIMITS = (60.0, 600.0)
+# Bands in which it mixes pulses and noise.
+NUM_PERIODICITY_BANDS = 6
 # How often the bands of a draft are brought to those of the mel, which overlap.
 NUM_EQUALIZATIONS = 2
 # Mean of the log-mel of speech (46 minutes of read, spoken and acted speech at 22.05 kHz), and a scale that brings it near 1.
@@ -44,10 +46,13 @@ class IndexTTS2VocoderOutput(BaseOutput):
             Samples in [-1, 1], zero beyond a row's end.
         pitch (`torch.Tensor` of shape `(batch_size, num_mel_frames)`, *optional*):
             What a vocoder with a source reads from the mel, in Hz; anything where there is no voice.
+        periodicity (`torch.Tensor` of shape `(batch_size, num_mel_frames, 6)`, *optional*):
+            What it reads as the share of the pulses in wide bands, 0 to 1.
     """
 
     waveform: torch.Tensor
     pitch: torch.Tensor | None = None
+    periodicity: torch.Tensor | None = None
 
 
 def kaiser_sinc_filter() -> torch.Tensor:
@@ -271,33 +276,65 @@ class HarmonicSource(nn.Module):
         self.sampling_rate = sampling_rate
         self.hop_length = hop_length
         self.n_fft = n_fft
+        self.win_length = win_length
         sizes = [num_mel_bins, hidden_size, hidden_size, hidden_size]
         self.layers = nn.ModuleList(
             [nn.Conv1d(*pair, 5, padding=2) for pair in zip(sizes[:-1], sizes[1:], strict=True)]
         )
         self.pitch_projection = nn.Conv1d(hidden_size, 1, 1)
-        self.periodicity_projection = nn.Conv1d(hidden_size, num_mel_bins, 1)
+        self.periodicity_projection = nn.Conv1d(hidden_size, NUM_PERIODICITY_BANDS, 1)
+        highest = sampling_rate / 2
+        settings = {"sampling_rate": sampling_rate, "mel_scale": "slaney"}
         filters = mel_filter_bank(
-            num_frequency_bins=n_fft // 2 + 1,
-            num_mel_filters=num_mel_bins,
-            min_frequency=mel_fmin,
-            max_frequency=sampling_rate / 2 if mel_fmax is None else mel_fmax,
-            sampling_rate=sampling_rate,
+            n_fft // 2 + 1,
+            num_mel_bins,
+            mel_fmin,
+            highest if mel_fmax is None else mel_fmax,
             norm="slaney",
-            mel_scale="slaney",
+            **settings,
         )
+        bands = mel_filter_bank(n_fft // 2 + 1, NUM_PERIODICITY_BANDS, 0.0, highest, **settings)
+        # The first and the last reach to the edges, so that a bin's shares of the bands sum to one.
+        middles = bands.argmax(axis=0)
+        bands[: middles[0], 0] = bands[middles[-1] :, -1] = 1.0
+        bands /= bands.sum(axis=1, keepdims=True)
         window = F.pad(torch.hann_window(win_length), ((n_fft - win_length) // 2, (n_fft - win_length + 1) // 2))
         # Saved, so they are right however the weights come in.
         self.register_buffer("mel_filters", torch.from_numpy(filters).float())
+        self.register_buffer("bands", torch.from_numpy(bands).float())
         self.register_buffer("window", window)
 
     def read_mel(self, mel: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""`(batch_size, num_mel_bins, num_frames)` to pitch `(batch_size, num_frames)` and periodicity, like the mel, 0 to 1."""
+        r"""`(batch_size, num_mel_bins, num_frames)` to pitch `(batch_size, num_frames)` and periodicity (`measure_periodicity`)."""
         hidden_states = (mel - MEAN_LOG_MEL) / LOG_MEL_SCALE
         for layer in self.layers:
             hidden_states = F.gelu(layer(zero_beyond_end(hidden_states, lengths)))
         pitch = MIDDLE_PITCH * 2 ** repeat_beyond_end(self.pitch_projection(hidden_states), lengths)[:, 0]
-        return pitch.float().clamp(*PITCH_LIMITS), self.periodicity_projection(hidden_states).sigmoid().float()
+        periodicity = self.periodicity_projection(hidden_states).sigmoid().transpose(1, 2)
+        return pitch.float().clamp(*PITCH_LIMITS), periodicity.float()
+
+    @torch.no_grad()
+    def measure_periodicity(self, waveform: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor:
+        r"""
+        How far a waveform repeats itself from one period to the next.
+
+        Args:
+            waveform (`torch.Tensor` of shape `(batch_size, num_frames * hop_length)`): samples in [-1, 1].
+            pitch (`torch.Tensor` of shape `(batch_size, num_frames)`): in Hz.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_frames, 6)`: in wide bands the autocorrelation at one period by the
+            power, over that of the window (Boersma 1993), 0 to 1.
+        """
+        power = self.transform(waveform).abs().square()
+        period = self.sampling_rate / pitch[..., None]
+        bins = torch.arange(power.shape[-1], device=power.device)
+        correlation = (power * (2 * math.pi * bins * period / self.n_fft).cos()) @ self.bands
+        # The autocorrelation of a Hann window.
+        share = (period / self.win_length).clamp(max=0.8)
+        angle = 2 * math.pi * share
+        window = (1 - share) * (2 + angle.cos()) / 3 + angle.sin() / (2 * math.pi)
+        return (correlation / (power @ self.bands).clamp(min=1e-12) / window).clamp(0.0, 1.0)
 
     def transform(self, waveform: torch.Tensor) -> torch.Tensor:
         r"""`(batch_size, num_samples)` to spectra `(batch_size, num_frames, n_fft / 2 + 1)` at the places of the mel's frames."""
@@ -320,7 +357,7 @@ class HarmonicSource(nn.Module):
 
     def forward(
         self, mel: torch.Tensor, lengths: torch.Tensor | None = None, pitch: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         r"""
         Args:
             mel (`torch.Tensor` of shape `(batch_size, num_mel_bins, num_frames)`): natural logarithms.
@@ -328,14 +365,16 @@ class HarmonicSource(nn.Module):
             pitch (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*): in Hz, instead of what is read.
 
         Returns:
-            The draft `(batch_size, num_samples)` and the pitch that was read `(batch_size, num_frames)`.
+            The draft `(batch_size, num_samples)`, and the pitch `(batch_size, num_frames)` and periodicity
+            `(batch_size, num_frames, 6)` that were read. They learn from recordings alone: the draft gives them no gradient.
         """
         found, periodicity = self.read_mel(mel, lengths)
         pitch = (
             found.detach() if pitch is None else repeat_beyond_end(pitch[:, None], lengths)[:, 0].clamp(*PITCH_LIMITS)
         )
         with torch.autocast(mel.device.type, enabled=False):
-            return self.draw(mel.float(), lengths, pitch, periodicity).to(mel.dtype), found
+            draft = self.draw(mel.float(), lengths, pitch, periodicity.detach())
+        return draft.to(mel.dtype), found, periodicity
 
     def draw(
         self, mel: torch.Tensor, lengths: torch.Tensor | None, pitch: torch.Tensor, periodicity: torch.Tensor
@@ -352,7 +391,7 @@ class HarmonicSource(nn.Module):
         # What a bin takes from the bands it lies in.
         filters = self.mel_filters.float()
         shares = (filters / filters.sum(dim=1, keepdim=True).clamp(min=1e-9)).T
-        share = periodicity.transpose(1, 2) @ shares
+        share = periodicity @ self.bands.float().T
         spectra = pulses * share + noise * (1 - share)
         for _ in range(NUM_EQUALIZATIONS):
             level = (spectra.abs() @ filters).clamp(min=1e-5).log()
@@ -504,9 +543,9 @@ class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
             )
         taps, lengths = self.filter_taps, mel_lengths
         mel = zero_beyond_end(mel.transpose(1, 2), lengths)
-        draft, found_pitch, heard = None, None, [None] * len(self.stages)
+        draft, found, heard = None, (), [None] * len(self.stages)
         if self.source is not None:
-            draft, found_pitch = self.source(mel, lengths, pitch)
+            draft, *found = self.source(mel, lengths, pitch)
             draft = zero_beyond_end(draft[:, None], None if lengths is None else lengths * self.hop_length)
             heard = [conv(draft) for conv in self.source_convs]
         hidden_states = self.conv_in(mel)
@@ -522,5 +561,5 @@ class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
         # Parity: the released vocoder clips; it has no tanh.
         waveform = zero_beyond_end(hidden_states, lengths).squeeze(1).clamp(-1.0, 1.0)
         if not return_dict:
-            return (waveform,) if found_pitch is None else (waveform, found_pitch)
-        return IndexTTS2VocoderOutput(waveform=waveform, pitch=found_pitch)
+            return (waveform, *found)
+        return IndexTTS2VocoderOutput(waveform, *found)
