@@ -278,7 +278,7 @@ def test_gradients_reach_every_parameter_of_a_source(mel):
 def test_a_new_vocoder_with_a_source_gives_the_draft(mel):
     vocoder = tiny_vocoder(**SOURCE)
     mel -= 8  # quiet enough not to be clipped
-    draft, pitch, periodicity = vocoder.source(mel.transpose(1, 2))
+    draft, pitch, periodicity = vocoder.source(mel.transpose(1, 2).contiguous())
     output = vocoder(mel)
     assert torch.equal(output.waveform, draft) and draft.abs().max() > 1e-3
     for found, wanted in zip(vocoder(mel, return_dict=False)[1:], (pitch, periodicity), strict=True):

@@ -48,7 +48,6 @@ from indextts2_hf import (
     IndexTTS2Vocoder,
 )
 from indextts2_hf.modeling_t2s import sinusoidal_positions
-from indextts2_hf.modeling_vocoder import MEAN_LOG_MEL
 from run import run_program
 
 
@@ -65,6 +64,8 @@ SECTIONS = (
 )
 # Bands of the filter bank that the feature extractor makes for the speaker encoder.
 NUM_FBANK_BINS = 80
+# Mean of the log-mel of speech at 22.05 kHz, of 46 minutes of read, spoken and acted speech.
+MEAN_LOG_MEL = -6.0
 # Standard deviation of the filter bank of speech, less its mean over time, of the same.
 FBANK_DEVIATION = 3.5
 # Noises that the networks hear when their weights are drawn.

@@ -379,9 +379,8 @@ def feature_loss(real: list[list[torch.Tensor]], generated: list[list[torch.Tens
     )
 
 
-def pitch_loss(found: torch.Tensor, wanted: torch.Tensor, mel: torch.Tensor) -> torch.Tensor:
-    """L1 in octaves between two pitches `(batch_size, num_mel_frames)`; a frame counts by its loudness, which is in its vowels."""
-    weight = mel.exp().mean(dim=-1)
+def pitch_loss(found: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean L1 in octaves between two pitches, weighted; all of shape `(batch_size, num_mel_frames)`."""
     return ((found.log2() - wanted.log2()).abs() * weight).sum() / weight.sum()
 
 
@@ -548,8 +547,10 @@ def main() -> None:
                 figures["multiscale_mel_l1_per_bin"] = mel_loss
             loss = MEL_WEIGHT * mel_loss
             if output.pitch is not None:
-                figures["pitch_l1_octaves"] = pitch_loss(output.pitch, batch["pitch"], batch["mel"])
                 periodicity = source.measure_periodicity(real, batch["pitch"])
+                # There is a pitch in what is loud and repeats itself.
+                weight = batch["mel"].exp().mean(dim=-1) * periodicity.mean(dim=-1)
+                figures["pitch_l1_octaves"] = pitch_loss(output.pitch, batch["pitch"], weight)
                 figures["periodicity_l1"] = F.l1_loss(output.periodicity, periodicity)
                 loss = loss + SOURCE_WEIGHT * (figures["pitch_l1_octaves"] + figures["periodicity_l1"])
             if run.step >= arguments.discriminator_start_step:

@@ -25,15 +25,15 @@ NUM_FILTER_TAPS = 12
 FILTER_CUTOFF = 0.25  # of the doubled rate: half the band, where the images of the upsampling begin
 FILTER_HALF_WIDTH = 0.3
 
-# The pitch of a draft, in Hz: the middle from which its layers count, and the limits.
-MIDDLE_PITCH = 160.0
+# The pitch of a draft: limits in Hz, and how many pitches between them, evenly spaced in octaves, are weighed.
 PITCH_LIMITS = (60.0, 600.0)
+NUM_PITCHES = 64
 # Bands in which it mixes pulses and noise.
 NUM_PERIODICITY_BANDS = 6
 # How often the bands of a draft are brought to those of the mel, which overlap.
 NUM_EQUALIZATIONS = 2
-# Mean of the log-mel of speech (46 minutes of read, spoken and acted speech at 22.05 kHz), and a scale that brings it near 1.
-MEAN_LOG_MEL, LOG_MEL_SCALE = -6.0, 2.0
+# Brings a log-mel of speech without its level near 1.
+LOG_MEL_SCALE = 2.0
 
 
 @dataclass
@@ -281,7 +281,7 @@ class HarmonicSource(nn.Module):
         self.layers = nn.ModuleList(
             [nn.Conv1d(*pair, 5, padding=2) for pair in zip(sizes[:-1], sizes[1:], strict=True)]
         )
-        self.pitch_projection = nn.Conv1d(hidden_size, 1, 1)
+        self.pitch_projection = nn.Conv1d(hidden_size, NUM_PITCHES, 1)
         self.periodicity_projection = nn.Conv1d(hidden_size, NUM_PERIODICITY_BANDS, 1)
         highest = sampling_rate / 2
         settings = {"sampling_rate": sampling_rate, "mel_scale": "slaney"}
@@ -306,12 +306,15 @@ class HarmonicSource(nn.Module):
 
     def read_mel(self, mel: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         r"""`(batch_size, num_mel_bins, num_frames)` to pitch `(batch_size, num_frames)` and periodicity (`measure_periodicity`)."""
-        hidden_states = (mel - MEAN_LOG_MEL) / LOG_MEL_SCALE
+        # Neither depends on the level.
+        hidden_states = (mel - mel.mean(dim=1, keepdim=True)) / LOG_MEL_SCALE
         for layer in self.layers:
             hidden_states = F.gelu(layer(zero_beyond_end(hidden_states, lengths)))
-        pitch = MIDDLE_PITCH * 2 ** repeat_beyond_end(self.pitch_projection(hidden_states), lengths)[:, 0]
-        periodicity = self.periodicity_projection(hidden_states).sigmoid().transpose(1, 2)
-        return pitch.float().clamp(*PITCH_LIMITS), periodicity.float()
+        weights = self.pitch_projection(hidden_states).float().softmax(dim=1)
+        lowest, highest = PITCH_LIMITS
+        octaves = torch.linspace(0, math.log2(highest / lowest), NUM_PITCHES, device=mel.device) @ weights
+        pitch = lowest * repeat_beyond_end(octaves[:, None], lengths)[:, 0].exp2()
+        return pitch, self.periodicity_projection(hidden_states).float().sigmoid().transpose(1, 2)
 
     @torch.no_grad()
     def measure_periodicity(self, waveform: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor:
@@ -542,7 +545,8 @@ class IndexTTS2Vocoder(ModelMixin, ConfigMixin):
                 f"{self.num_mel_bins}). Transpose a mel that has its bands first."
             )
         taps, lengths = self.filter_taps, mel_lengths
-        mel = zero_beyond_end(mel.transpose(1, 2), lengths)
+        # In one layout, so that sums over bands are the same with and without lengths.
+        mel = zero_beyond_end(mel.transpose(1, 2).contiguous(), lengths)
         draft, found, heard = None, (), [None] * len(self.stages)
         if self.source is not None:
             draft, *found = self.source(mel, lengths, pitch)
