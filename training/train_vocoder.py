@@ -46,7 +46,6 @@ RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 MEL_SCALES = ((32, 5), (64, 10), (128, 20), (256, 40), (512, 80), (1024, 160), (2048, 320))
 MEL_WEIGHT = 45.0
 FEATURE_WEIGHT = 2.0
-SOURCE_WEIGHT = 10.0  # of the pitch and periodicity that a source reads; ours
 PITCH_PERIODS = 2.5  # of the lowest pitch, which YIN looks at
 LEAK = 0.1  # of the leaky rectifiers
 
@@ -552,7 +551,8 @@ def main() -> None:
                 weight = batch["mel"].exp().mean(dim=-1) * periodicity.mean(dim=-1)
                 figures["pitch_l1_octaves"] = pitch_loss(output.pitch, batch["pitch"], weight)
                 figures["periodicity_l1"] = F.l1_loss(output.periodicity, periodicity)
-                loss = loss + SOURCE_WEIGHT * (figures["pitch_l1_octaves"] + figures["periodicity_l1"])
+                # No weights: these reach the layers that read the mel, and nothing else reaches those.
+                loss = loss + figures["pitch_l1_octaves"] + figures["periodicity_l1"]
             if run.step >= arguments.discriminator_start_step:
                 # One pass, because the wrapper of several processes allows no more before `backward`.
                 outputs = discriminators(torch.cat([real, generated.detach()]))
