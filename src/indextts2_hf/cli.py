@@ -184,13 +184,23 @@ def push(args: argparse.Namespace) -> None:
         is_new_card=args.new_card,
     )
     if args.json:
-        write_json({"kind": result.kind, "repo_id": args.repo_id, "files": result.files, "folder": str(result.folder) if result.folder else None, "url": result.url})
+        write_json(
+            {
+                "kind": result.kind,
+                "repo_id": args.repo_id,
+                "files": result.files,
+                "folder": str(result.folder) if result.folder else None,
+                "url": result.url,
+            }
+        )
         return
     if args.quiet:
         return
     for name, num_bytes in result.files.items():
         write_line(f"  {num_bytes:>13,}  {name}")
-    write_line(f"  {sum(result.files.values()):>13,}  bytes in {len(result.files)} files: {result.kind} for {args.repo_id}")
+    write_line(
+        f"  {sum(result.files.values()):>13,}  bytes in {len(result.files)} files: {result.kind} for {args.repo_id}"
+    )
     if result.url is not None:
         write_line(f"uploaded: {result.url}")
     else:

@@ -1021,9 +1021,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         return semantic_ids, output.last_hidden_state[:, :-1], lengths
 
 
-def _batches(
-    rows: list[_Row], adapters: list[str | None], batch_size: int
-) -> Iterator[tuple[str | None, list[_Row]]]:
+def _batches(rows: list[_Row], adapters: list[str | None], batch_size: int) -> Iterator[tuple[str | None, list[_Row]]]:
     """Rows in their order, at most `batch_size` together, and only those whose texts have the same adapter."""
     for adapter, neighbours in itertools.groupby(rows, key=lambda row: adapters[row.text_index]):
         group = list(neighbours)
