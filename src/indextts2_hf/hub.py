@@ -119,8 +119,15 @@ def push_to_hub(
         if is_dry_run:
             return HubRepository(kind, files, kept)
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=written, commit_message=f"Upload the {kind}")
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=written, commit_message=f"Upload the {kind}")
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{repo_id!r} could not be written to the Hub ({reason}). Look at the name, the token's rights and the "
+                "connection; with --dry-run nothing is uploaded."
+            ) from error
     return HubRepository(kind, files, kept, commit.commit_url)
 
 
@@ -415,7 +422,7 @@ ADAPTER_DATA = {
 
 def _write_card(
     folder: Path,
-    data: ModelCardData,
+    card_data: ModelCardData,
     *,
     name: str,
     kind: str,
@@ -424,13 +431,13 @@ def _write_card(
     **values: Any,
 ) -> None:
     if figures and figures[1]:
-        data.model_name, data.eval_results = name.split("/")[-1], figures[1]
+        card_data.model_name, card_data.eval_results = name.split("/")[-1], figures[1]
     card = ModelCard.from_template(
-        data,
+        card_data,
         template_str=(resources.files(__package__) / "model_card.md").read_text(encoding="utf-8"),
         name=name,
         kind=kind,
-        license=data.license,
+        license=card_data.license,
         evaluation=figures[0] if figures else None,
         evaluation_mark=EVALUATION_MARK,
         **{"data": {}, **values},
