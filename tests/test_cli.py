@@ -472,7 +472,6 @@ class TestVoice:
     def test_bad_recording(self, run, recordings):
         assert_refused(run("voice", recordings / "silent.wav", "-o", "me.safetensors"), "silent")
 
-
     def test_makes_a_voice_pack(self, run, recordings):
         given = ["--license", "cc0-1.0", "--consent", "A buzz has nobody to ask.", "--emotion-weights", "happy=0.5"]
         result = run("voice", recordings / "good.wav", "-o", "me", *given)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import SAMPLING_RATE, make_tiny_t2s
 from diffusers import DiffusionPipeline
@@ -23,6 +24,7 @@ from transformers import (
     pipeline,
 )
 
+import indextts2_cli
 from indextts2_hf import (
     IndexTTS2Config,
     IndexTTS2FeatureExtractor,
@@ -305,6 +307,36 @@ def test_the_same_audio_however_it_is_loaded(code, published, pipe, tiny_adapter
     for way, waveform in audio.items():
         wanted = expected_styled if way.startswith("adapter") else expected
         np.testing.assert_allclose(waveform, wanted, rtol=0, atol=1e-5, err_msg=way)
+
+
+def test_the_command_speaks_with_what_is_published(published, tiny_adapter, tmp_path):
+    arguments = ["speak", "Hello there.", "--model", "someone/tiny", "--voice", "someone/anna", "--duration-s", "0.8"]
+    arguments += ["--seed", "1", "--num-inference-steps", "2", "-o", str(tmp_path / "out.wav"), "--quiet"]
+    run_fresh(
+        f"import sys, numpy, indextts2_cli; numpy.savez(sys.argv[1]); sys.exit(indextts2_cli.main({arguments}))",
+        published,
+    )
+    styled = IndexTTS2TextToAudioPipeline.from_pretrained(tiny_adapter)
+    expected = styled("Hello there.", duration_s=0.8, seed=1, num_inference_steps=2)["audio"]
+    np.testing.assert_allclose(soundfile.read(tmp_path / "out.wav")[0], expected, rtol=0, atol=1e-4)
+
+
+def test_the_network_is_for_what_is_not_here(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "voices/anna").mkdir(parents=True)
+    needs = {
+        ("speak", "a"): False,
+        ("speak", "a", "--voice", "anna"): False,
+        ("speak", "a", "--voice", "voices/anna"): False,
+        ("speak", "a", "--voice", "someone/anna"): True,
+        ("speak", "a", "--model", str(tiny_checkpoint)): False,
+        ("speak", "a", "--model", "someone/tiny"): True,
+        ("info",): False,
+        ("push", "folder", "--repo-id", "someone/tiny", "--dry-run"): False,
+        ("push", "folder", "--repo-id", "someone/tiny"): True,
+    }
+    for arguments, expected in needs.items():
+        assert indextts2_cli.needs_network(indextts2_cli.build_parser().parse_args(arguments)) is expected, arguments
 
 
 def test_code_in_the_folder_is_what_saving_it_would_write(tiny_checkpoint, published, tmp_path, monkeypatch):
