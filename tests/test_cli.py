@@ -357,7 +357,7 @@ class TestSpeak:
             ([HELLO, "--voice", "nobody"], "no voice named 'nobody', but ['buzz']"),
             ([HELLO, "--voice", "missing.wav"], "There is no audio file 'missing.wav'"),
             ([HELLO, "--voice", "missing.safetensors"], "There is no voice file 'missing.safetensors'"),
-            ([HELLO, "--voice", "."], "is a folder"),
+            ([HELLO, "--voice", "."], "is no voice pack: it has no voice.safetensors"),
             ([HELLO, "--emotion-weights", "0,0,0,0,0,0,1"], "has 7 values but there are eight emotions"),
             ([HELLO, "--emotion-weights", "0,0,0,0,0,0,0,0,1"], "has 9 values but there are eight emotions"),
             ([HELLO, "--emotion-weights", "nan,0,0,0,0,0,0,0"], "is nan but must be finite"),

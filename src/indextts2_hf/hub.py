@@ -293,11 +293,12 @@ def code_files(code: type) -> list[str]:
 
 
 def read_notice(name: str) -> str:
-    """`LICENSE` or `NOTICE` of this package, as installed or from its checkout."""
-    checkout = Path(__file__).parents[2] / name
-    if checkout.is_file():
-        return checkout.read_text(encoding="utf-8")
-    return metadata.distribution("indextts2-hf").read_text(f"licenses/{name}") or ""
+    """`LICENSE` or `NOTICE` of this package, as installed or else from its checkout."""
+    try:
+        installed = metadata.distribution("indextts2-hf").read_text(f"licenses/{name}")
+    except metadata.PackageNotFoundError:
+        installed = None
+    return installed or (Path(__file__).parents[2] / name).read_text(encoding="utf-8")
 
 
 def copy_adapter(folder: Path, target: Path) -> None:
