@@ -42,6 +42,7 @@ import metrics
 from indextts2_hf import IndexTTS2TextToAudioPipeline, VoicePrompt
 from indextts2_hf.emotion import EMOTIONS
 from indextts2_hf.feature_extraction_indextts2 import load_audio
+from indextts2_hf.hub import figures_table
 
 
 MEASURES = ("words", "voice", "sound", "prosody")
@@ -390,13 +391,8 @@ def write_report(folder: Path, rows: list[dict[str, Any]], conditions: list[str]
     (folder / "results.json").write_text(
         json.dumps({"about": about, "results": results}, indent=2, ensure_ascii=False)
     )
-    names = list(dict.fromkeys(name for figures in results.values() for name in figures))
-    table = [f"| | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
-    for name in names:
-        cells = [f"{figures[name]:.4g}" if name in figures else "" for figures in results.values()]
-        table.append(f"| {name} | {' | '.join(cells)} |")
-    measured = [f"- {name}: {tool}" for name, tool in about["measured by"].items()]
-    (folder / "results.md").write_text("\n".join([*table, "", *measured]) + "\n", encoding="utf-8")
+    table = figures_table(results, about["measured by"])
+    (folder / "results.md").write_text(f"{table}\n", encoding="utf-8")
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(folder / "scores.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -465,6 +461,7 @@ def main() -> None:
     )
     about = {
         "model": arguments.model,
+        "data": Path(arguments.list or arguments.data).name,
         "seed": arguments.seed,
         "measured by": {name: tool.name for name, tool in measures.tools.items()},
         "utterances": [asdict(utterance) for utterance in utterances],

@@ -1,5 +1,5 @@
 """
-The command line of IndexTTS2: `indextts2 speak`, `voice`, `convert` and `info`, their options and exit codes.
+The command line of IndexTTS2: `indextts2 speak`, `voice`, `convert`, `info` and `push`, their options and exit codes.
 
 It lies beside the package because importing the package takes seconds: help, the version and most mistakes are answered with
 the standard library alone. What the commands do is in `indextts2_hf.cli`.
@@ -34,6 +34,8 @@ PATH_ERRORS = (
     errno.EPERM,
     errno.EROFS,
 )
+
+REPOSITORY_ID = r"\w[\w.-]*/[\w.-]+"
 
 EPILOG = """\
 exit codes: 0 done; 2 wrong usage or input; 1 unexpected failure; 130 interrupted.
@@ -123,6 +125,24 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
     return read
 
 
+def voice_output(text: str) -> Path:
+    """A type for options: a `.safetensors` file, or else a new folder."""
+    path = Path(text).expanduser()
+    if path.suffix and not path.is_dir():
+        return output_file(".safetensors")(text)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise argparse.ArgumentTypeError(f"{text!r} exists, name a new folder or a .safetensors file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder '{path.parent}' for {text!r}, make it first")
+    return path
+
+
+def repository_id(text: str) -> str:
+    if re.fullmatch(REPOSITORY_ID, text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no Hub repository id, which is like 'owner/name'")
+    return text
+
+
 def model_name(text: str) -> str:
     """A folder, or else something that can be the id of a repository on the Hub."""
     folder = Path(text).expanduser()
@@ -130,7 +150,7 @@ def model_name(text: str) -> str:
         return str(folder)
     if folder.exists():
         raise argparse.ArgumentTypeError(f"{text!r} is a file, name a checkpoint folder or a Hub repository id")
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) is None:
+    if re.fullmatch(REPOSITORY_ID, text) is None:
         raise argparse.ArgumentTypeError(f"there is no folder {text!r}, and a Hub repository id is like 'owner/name'")
     return text
 
@@ -176,6 +196,7 @@ def build_parser() -> Parser:
     add_voice(commands.add_parser("voice", help="recording to a voice file", description=VOICE, **settings))
     add_convert(commands.add_parser("convert", help="original checkpoint to ours", description=CONVERT, **settings))
     add_info(commands.add_parser("info", help="what a checkpoint holds", description=INFO, **settings))
+    add_push(commands.add_parser("push", help="a folder to the Hub", description=PUSH, **settings))
     return parser
 
 
@@ -208,8 +229,8 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--voice",
         metavar="VOICE",
-        help="a recording (its first 15 s are used), a file of `indextts2 voice`, or the name of a voice of the model "
-        "(default: the model's own)",
+        help="a recording (its first 15 s are used), a file or voice pack of `indextts2 voice`, the name of a voice of the "
+        "model, or the Hub repository of a voice pack (default: the model's own)",
     )
 
     emotion = parser.add_argument_group("emotion", "one of the first three; otherwise that of the voice")
@@ -300,25 +321,46 @@ def check_speak(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 VOICE = """\
-Make a voice of a recording once, to speak with it faster later and without the recording.
+Make a voice of a recording once, to speak with it faster later and without the recording; or a voice pack, a folder that can be
+published, with licence, consent, an emotion and an adapter of its own.
 
   indextts2 voice recording.wav -o me.safetensors
   indextts2 speak "It's me." --voice me.safetensors
+  indextts2 voice recording.wav -o me --license cc-by-4.0 --consent "Recorded and published by myself."
 """
 
 
 def add_voice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recording", type=input_file, help="an audio file; its first 15 s are used")
+    parser.add_argument(
+        "recording", type=input_file, help="an audio file, of which the first 15 s are used; or a voice made before"
+    )
     parser.add_argument(
         "-o",
         "--output",
-        type=output_file(".safetensors"),
+        type=voice_output,
         required=True,
-        metavar="FILE",
-        help=".safetensors; an existing file is replaced at the end",
+        metavar="OUT",
+        help=".safetensors (an existing file is replaced at the end), or else a new folder: a voice pack",
     )
     add_model(parser)
+    own = parser.add_argument_group("what it brings along")
+    own.add_argument(
+        "--emotion-weights",
+        type=emotion_weights,
+        metavar="WEIGHTS",
+        help="how it speaks where no emotion is asked for, as in happy=0.4",
+    )
+    own.add_argument("--emotion-audio", type=input_file, metavar="FILE", help="the same, as in this recording")
+    own.add_argument("--adapter", type=input_folder, metavar="DIR", help="an adapter for its texts; voice packs only")
+    own.add_argument("--license", metavar="NAME", help="under which it may be used, as the Hub calls it: cc-by-4.0")
+    own.add_argument("--consent", metavar="TEXT", help="how the person agreed, in words")
     add_device(parser)
+    parser.set_defaults(check=partial(check_voice, parser))
+
+
+def check_voice(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.adapter is not None and args.output.suffix == ".safetensors":
+        parser.error("a file cannot hold the --adapter: name a folder with -o, a voice pack")
 
 
 CONVERT = """\
@@ -351,6 +393,37 @@ def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
+PUSH = """\
+Publish a checkpoint, an adapter or a voice pack as a repository of the Hub: its files, card, licence notices and, for a checkpoint,
+the code, so that transformers loads it where this package is not installed. Without a token, or with --dry-run, the folder is
+written and nothing is uploaded.
+
+  indextts2 push CHECKPOINT --repo-id me/my-voice-model --dry-run
+  indextts2 push CHECKPOINT --repo-id me/my-voice-model --license apache-2.0 --evaluation report/results.json
+"""
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a checkpoint, an adapter or a voice (pack)")
+    parser.add_argument("--repo-id", type=repository_id, required=True, metavar="NAME", help="owner/name")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--token", help="of the Hub (default: that of `hf auth login`)")
+    parser.add_argument("--dry-run", action="store_true", help="write the folder, list it, upload nothing")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="a new folder to write (default without upload: NAME-hub)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object instead of a list")
+    card = parser.add_argument_group("card", "what it says; by default what the card in FOLDER says")
+    card.add_argument("--new-card", action="store_true", help="even if FOLDER has a card of its own")
+    card.add_argument(
+        "--evaluation", type=input_file, metavar="FILE", help="results.json or results.md of evaluation/evaluate.py"
+    )
+    card.add_argument("--license", metavar="NAME", help="as the Hub calls it, such as apache-2.0")
+    card.add_argument("--base-model", type=repository_id, metavar="NAME", help="repository of what it was made from")
+    card.add_argument("--language", action="append", metavar="CODE", help="spoken, such as en; may be repeated")
+    card.add_argument("--dataset", action="append", metavar="NAME", help="learnt from; may be repeated")
+
+
 def add_model(group: Any) -> None:
     group.add_argument(
         "--model",
@@ -370,6 +443,15 @@ def add_device(group: Any) -> None:
     )
 
 
+def needs_network(args: argparse.Namespace) -> bool:
+    """Whether the Hub is asked for something, or given something."""
+    if args.command == "push":
+        return not args.dry_run
+    model, voice = (getattr(args, name, None) for name in ("model", "voice"))
+    is_remote_voice = voice is not None and re.fullmatch(REPOSITORY_ID, voice) and not os.path.exists(voice)
+    return (model is not None and not os.path.isdir(model)) or bool(is_remote_voice)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit code; `arguments` are those of the process by default."""
     started = time.perf_counter()
@@ -378,8 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(args, "check"):
         args.check(args)
     args.started = started
-    is_local = getattr(args, "model", None) is None or Path(args.model).is_dir()
-    if is_local:
+    if not needs_network(args):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     is_bad_input = False

@@ -226,6 +226,23 @@ def pipe(tiny_checkpoint) -> IndexTTS2TextToAudioPipeline:
     return IndexTTS2TextToAudioPipeline.from_pretrained(tiny_checkpoint)
 
 
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory, tiny_checkpoint) -> Path:
+    """A random adapter on `tiny_checkpoint` that is heard. Shared: a test must not write into it."""
+    from peft import LoraConfig
+
+    from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES
+
+    folder = tmp_path_factory.mktemp("adapter") / "style"
+    t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(tiny_checkpoint, subfolder="t2s")
+    t2s.name_or_path = str(tiny_checkpoint)
+    torch.manual_seed(3)
+    t2s.add_adapter(LoraConfig(r=4, target_modules=LORA_TARGET_MODULES, init_lora_weights=False, fan_in_fan_out=True))
+    t2s.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    return folder
+
+
 # --- training ------------------------------------------------------------------------------------------------------------
 
 

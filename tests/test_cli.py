@@ -17,7 +17,7 @@ import torch
 from conftest import SAMPLING_RATE, make_speech
 
 import indextts2_cli
-from indextts2_hf import cli, embedded_checkpoint
+from indextts2_hf import VoicePrompt, cli, embedded_checkpoint
 
 
 HELLO = "Hello, world."
@@ -95,7 +95,7 @@ class TestProcess:
             seconds.append(time.perf_counter() - started)
             assert result.returncode == 0
         assert min(seconds) < 1.0
-        assert all(command in result.stdout for command in ("speak", "voice", "convert", "info"))
+        assert all(command in result.stdout for command in ("speak", "voice", "convert", "info", "push"))
 
     def test_speak_from_standard_input(self, tmp_path):
         result = run_process("speak", "-", "--json", "--duration-s", "1", input="你好，世界。", cwd=tmp_path)
@@ -116,7 +116,7 @@ class TestProcess:
 
 
 class TestParser:
-    @pytest.mark.parametrize("command", ["speak", "voice", "convert", "info"])
+    @pytest.mark.parametrize("command", ["speak", "voice", "convert", "info", "push"])
     def test_help(self, run, command):
         result = run(command, "--help")
         assert result.code == 0
@@ -357,7 +357,7 @@ class TestSpeak:
             ([HELLO, "--voice", "nobody"], "no voice named 'nobody', but ['buzz']"),
             ([HELLO, "--voice", "missing.wav"], "There is no audio file 'missing.wav'"),
             ([HELLO, "--voice", "missing.safetensors"], "There is no voice file 'missing.safetensors'"),
-            ([HELLO, "--voice", "."], "is a folder"),
+            ([HELLO, "--voice", "."], "is no voice pack: it has no voice.safetensors"),
             ([HELLO, "--emotion-weights", "0,0,0,0,0,0,1"], "has 7 values but there are eight emotions"),
             ([HELLO, "--emotion-weights", "0,0,0,0,0,0,0,0,1"], "has 9 values but there are eight emotions"),
             ([HELLO, "--emotion-weights", "nan,0,0,0,0,0,0,0"], "is nan but must be finite"),
@@ -471,6 +471,80 @@ class TestVoice:
 
     def test_bad_recording(self, run, recordings):
         assert_refused(run("voice", recordings / "silent.wav", "-o", "me.safetensors"), "silent")
+
+    def test_makes_a_voice_pack(self, run, recordings):
+        given = ["--license", "cc0-1.0", "--consent", "A buzz has nobody to ask.", "--emotion-weights", "happy=0.5"]
+        result = run("voice", recordings / "good.wav", "-o", "me", *given)
+        assert (result.code, result.errors) == (0, [])
+        assert result.output.startswith("me: a voice pack from 1.0 s of ")
+        assert sorted(os.listdir("me")) == ["README.md", "voice.safetensors"]
+        voice = VoicePrompt.load("me")
+        assert (voice.license, voice.consent) == ("cc0-1.0", "A buzz has nobody to ask.")
+        assert voice.emotion_weights == (0.5, 0, 0, 0, 0, 0, 0, 0)
+        options = ["-q", "--seed", "1", "--num-semantic-tokens", "25"]
+        assert run("speak", HELLO, *options, "--voice", "me", "-o", "a.wav").code == 0
+        same = ["--voice", recordings / "good.wav", "--emotion-weights", "happy=0.5"]
+        assert run("speak", HELLO, *options, *same, "-o", "b.wav").code == 0
+        assert Path("a.wav").read_bytes() == Path("b.wav").read_bytes()
+        # A voice that was made before becomes another; what is not given stays.
+        assert run("voice", "me/voice.safetensors", "-o", "mine.safetensors", "--license", "mit").code == 0
+        other = VoicePrompt.load("mine.safetensors")
+        assert (other.license, other.consent, other.emotion_weights) == ("mit", voice.consent, voice.emotion_weights)
+        # Its emotion may be that of another recording.
+        sad = ["--emotion-audio", recordings / "8khz.wav"]
+        assert run("voice", "me/voice.safetensors", "-o", "sad.safetensors", *sad).code == 0
+        assert not torch.equal(VoicePrompt.load("sad.safetensors").emotion_features, voice.emotion_features)
+        assert_refused(
+            run("voice", recordings / "good.wav", "-o", "me"),
+            "'me' exists, name a new folder or a .safetensors file",
+            left=["a.wav", "b.wav", "me", "mine.safetensors", "sad.safetensors"],
+        )
+
+    def test_a_voice_pack_with_an_adapter(self, run, tiny_checkpoint, tiny_adapter, recordings):
+        model = ["--model", tiny_checkpoint]
+        pack = ["--adapter", tiny_adapter, "--license", "cc0-1.0", "--consent", "Nobody to ask."]
+        result = run("voice", recordings / "good.wav", "-o", "styled", *model, *pack)
+        assert (result.code, result.errors) == (0, [])
+        expected = ["README.md", "adapter_config.json", "adapter_model.safetensors", "voice.safetensors"]
+        assert sorted(os.listdir("styled")) == expected
+        options = ["-q", "--seed", "1", "--num-semantic-tokens", "25", *model]
+        assert run("speak", HELLO, *options, "--voice", "styled", "-o", "a.wav").code == 0
+        options[-1] = tiny_adapter
+        assert run("speak", HELLO, *options, "--voice", recordings / "good.wav", "-o", "b.wav").code == 0
+        a, b = (soundfile.read(f"{name}.wav")[0] for name in "ab")
+        assert a == pytest.approx(b, abs=1e-4)
+        # On another checkpoint neither the voice nor the adapter speaks.
+        left = ["a.wav", "b.wav", "styled"]
+        assert_refused(run("speak", HELLO, "-q", "--voice", "styled"), "This voice was made with", left=left)
+        arguments = ["voice", recordings / "good.wav", "-o", "other", "--adapter", tiny_adapter]
+        assert_refused(run(*arguments), "was made for", left=left)
+        arguments[3] = "other.safetensors"
+        assert_refused(run(*arguments), "a file cannot hold the --adapter", left=left)
+
+    def test_a_voice_that_is_nowhere(self, run):
+        message = "There is no voice 'someone/nobody': it is no file or folder here, no voice of this checkpoint"
+        assert_refused(run("speak", HELLO, "--voice", "someone/nobody"), message)
+
+
+class TestPush:
+    def test_a_dry_run(self, run, tiny_checkpoint):
+        result = run("push", tiny_checkpoint, "--repo-id", "someone/tiny", "--dry-run", "--json")
+        assert (result.code, result.errors) == (0, [])
+        described = json.loads(result.output)
+        assert described["folder"] == "tiny-hub" and described["url"] is None and described["kind"] == "checkpoint"
+        assert sum(described["files"].values()) == sum(
+            path.stat().st_size for path in Path("tiny-hub").rglob("*") if path.is_file()
+        )
+        result = run("push", tiny_checkpoint, "--repo-id", "someone/tiny", "--dry-run")
+        assert_refused(result, "'tiny-hub' exists. Name a new folder", left=["tiny-hub"])
+
+    def test_what_cannot_be_published(self, run, recordings, tiny_adapter):
+        assert run("voice", recordings / "good.wav", "-o", "me").code == 0
+        push = ["--repo-id", "someone/it", "--dry-run"]
+        assert_refused(run("push", "me", *push), "says nothing of license and consent", left=["me"])
+        assert_refused(run("push", tiny_adapter, *push), "Publish that first, and name its repository", left=["me"])
+        assert_refused(run("push", recordings, *push), "is no checkpoint of IndexTTS2", left=["me"])
+        assert_refused(run("push", "me", "--repo-id", "it"), "'it' is no Hub repository id", left=["me"])
 
 
 class TestInfo:

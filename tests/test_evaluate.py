@@ -23,6 +23,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from indextts2_hf.hub import read_evaluation
+
 
 EVALUATION = Path(__file__).parent.parent / "evaluation"
 sys.path.insert(0, str(EVALUATION))
@@ -258,6 +260,11 @@ def test_a_list_from_end_to_end(tiny_checkpoint, tiny_recordings, recognizer, sp
     results = json.loads((out / "results.json").read_text())
     assert results["results"]["length-0.5"]["token error, %"] == 0
     assert results["about"]["measured by"]["words"] == f"{recognizer.name}, transformers, greedy"
+    # A card has the same table, and says on what.
+    table, found = read_evaluation(out / "results.json")
+    assert (out / "results.md").read_text().strip() in table and "2 utterances of meta.lst, seed" in table
+    assert {result.dataset_config for result in found} == {"free", *conditions}
+    assert str(tmp_path) not in table
 
     # What is there is not made again; what is missing is.
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")}

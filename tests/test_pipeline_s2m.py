@@ -1,13 +1,15 @@
-"""Semantic tokens to speech: the sampling loop, batches, options, and loading by diffusers."""
+"""Semantic tokens to speech: the sampling loop, batches, options, loading by diffusers, and voices on disk."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SAMPLING_RATE, make_speech
 from diffusers import DiffusionPipeline
+from safetensors.torch import save as save_tensors
 
 from indextts2_hf import (
     IndexTTS2FlowMatchScheduler,
@@ -339,3 +341,67 @@ def test_unknown_settings_are_named(part, tiny_checkpoint, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "sway_coefficent": -1.0}))
     with pytest.raises(ValueError, match="'sway_coefficent', but it knows"):
         IndexTTS2ForTextToWaveform.from_pretrained(folder)
+
+
+# --- voices as files and folders -----------------------------------------------------------------------------------------
+
+
+def test_a_voice_keeps_what_it_brings(tiny_voice, tiny_adapter, tmp_path):
+    given = {"license": "cc-by-4.0", "consent": "Agreed, 语音.", "emotion_weights": (0.0, 1.2, 0, 0, 0, 0, 0, 0.25)}
+    voice = replace(tiny_voice, **given)
+    voice.save(tmp_path / "voice.safetensors")
+    voice.save(tmp_path / "pack")
+    replace(voice, adapter=str(tiny_adapter)).save(tmp_path / "with-adapter")
+    for name, adapter in (
+        ("voice.safetensors", None),
+        ("pack", None),
+        ("with-adapter", str(tmp_path / "with-adapter")),
+    ):
+        loaded = VoicePrompt.load(tmp_path / name)
+        assert {key: getattr(loaded, key) for key in given} == given and loaded.adapter == adapter
+        assert loaded.checkpoint == voice.checkpoint
+        assert all(torch.equal(tensor, loaded.tensors()[key]) for key, tensor in voice.tensors().items())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "with-adapter" / name).read_bytes() == (tiny_adapter / name).read_bytes()
+    # Nothing is told where there is nothing to tell.
+    tiny_voice.save(tmp_path / "plain.safetensors")
+    plain = VoicePrompt.load(tmp_path / "plain.safetensors")
+    assert (plain.license, plain.consent, plain.emotion_weights, plain.adapter) == (None, None, None, None)
+
+
+def test_voices_that_cannot_be_saved(tiny_voice, tiny_adapter, tmp_path):
+    with pytest.raises(ValueError, match="has an adapter, which the file .* cannot hold. Save it in a folder"):
+        replace(tiny_voice, adapter=str(tiny_adapter)).save(tmp_path / "voice.safetensors")
+    with pytest.raises(FileNotFoundError, match="no folder .* to save the voice in"):
+        tiny_voice.save(tmp_path / "missing" / "pack")
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="exists. Name a new folder for the voice pack"):
+        tiny_voice.save(tmp_path / "pack")
+    with pytest.raises(FileNotFoundError):
+        replace(tiny_voice, adapter=str(tmp_path)).save(tmp_path / "half")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "pack"]
+
+
+@pytest.mark.parametrize(
+    "weights", [(0.5,), (0.5,) * 7 + (1.3,), (0.5,) * 7 + (float("nan"),), (-0.1,) * 8, ("a",) * 8]
+)
+def test_emotion_weights_of_a_voice_are_checked(weights, tiny_voice, tmp_path):
+    with pytest.raises(ValueError, match="must be eight numbers from 0 to 1.2"):
+        replace(tiny_voice, emotion_weights=weights)
+    # In a file as well.
+    path = tmp_path / "voice.safetensors"
+    metadata = {"format": "indextts2-voice-1", "checkpoint": "a@b", "emotion_weights": json.dumps(weights)}
+    path.write_bytes(
+        save_tensors({name: tensor.contiguous() for name, tensor in tiny_voice.tensors().items()}, metadata)
+    )
+    with pytest.raises(ValueError, match="voice.safetensors' is no usable voice: .* Make it again"):
+        VoicePrompt.load(path)
+
+
+def test_a_pack_with_half_an_adapter(tiny_voice, tiny_adapter, tmp_path):
+    replace(tiny_voice, adapter=str(tiny_adapter)).save(tmp_path / "pack")
+    # No other file is taken for its weights.
+    (tmp_path / "pack/adapter_model.safetensors").rename(tmp_path / "pack/adapter_model.bin")
+    with pytest.raises(ValueError, match="has the adapter_config.json of an adapter but not its adapter_model.safet"):
+        VoicePrompt.load(tmp_path / "pack")

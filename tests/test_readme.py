@@ -39,7 +39,7 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("reference.wav", "IndexTTS-2/config.yaml", "indextts2-converted/config.json"):
+    for name in ("reference.wav", "IndexTTS-2/config.yaml", "indextts2-converted/config.json", "report/results.json"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(b"")
     words = shlex.split(command.removeprefix("./run").removeprefix("indextts2"))

@@ -40,7 +40,7 @@ from checkpoint import (
     write_part,
 )
 from data import EndlessBatchSampler
-from indextts2_hf.hub import write_model_card
+from indextts2_hf.hub import read_card, write_model_card
 
 
 # What may be changed from one half of a run to the other without changing its numbers.
@@ -595,7 +595,7 @@ class Run:
         if self.is_main:
             last.mkdir(exist_ok=True)
             if self.is_checkpoint:
-                write_model_card(self.folder, name=self.folder.name)
+                write_model_card(self.folder, name=self.folder.name, base_card=read_card(self.base))
                 link_other_parts(self.folder, last, self.parts)
         self.accelerator.wait_for_everyone()
         gone = self.save_parts(last, models)

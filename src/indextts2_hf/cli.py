@@ -10,7 +10,8 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from logging import ERROR, Handler, LogRecord, getLogger
 from pathlib import Path
 from typing import Any, Self
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError, ImportError: an input cannot be used; the message says which, and what to do. No output is left.
     """
-    commands = {"speak": speak, "voice": make_voice, "convert": convert, "info": info}
+    commands = {"speak": speak, "voice": make_voice, "convert": convert, "info": info, "push": push}
     with messages(is_verbose=args.verbose, is_quiet=args.quiet):
         commands[args.command](args)
 
@@ -139,14 +140,72 @@ def speak(args: argparse.Namespace) -> None:
 
 
 def make_voice(args: argparse.Namespace) -> None:
-    with replaced_at_end(args.output) as output:
+    is_pack = args.output.suffix != ".safetensors"
+    weights = None if args.emotion_weights is None else tuple(check_emotion_weights(args.emotion_weights))
+    with nullcontext(args.output) if is_pack else replaced_at_end(args.output) as output:
         pipe = load_pipeline(args)
-        voice = pipe.model.encode_voice(args.recording)
+        voice = pipe.load_voice(args.recording)
+        given = {"emotion_weights": weights, "license": args.license, "consent": args.consent}
+        if args.emotion_audio is not None:
+            given["emotion_features"] = pipe.model.encode_emotion(args.emotion_audio)
+        if args.adapter is not None:
+            # Loading it shows that it fits.
+            pipe.model.t2s.load_adapter(str(args.adapter), "voice")
+            given["adapter"] = str(args.adapter)
+        voice = replace(voice, **{name: value for name, value in given.items() if value is not None})
+        pipe.model.semantic_to_mel.check_voice(voice)
         voice.save(output)
+    if is_pack:
+        from .hub import write_voice_card
+
+        write_voice_card(args.output, name=args.output.name)
     if not args.quiet:
         extractor = pipe.model.feature_extractor
         seconds = len(voice.prompt_mel) * extractor.hop_length / extractor.sampling_rate
-        write_line(f"{args.output}: a voice from {seconds:.1f} s of '{args.recording}', for {voice.checkpoint}")
+        what = "a voice pack" if is_pack else "a voice"
+        write_line(f"{args.output}: {what} from {seconds:.1f} s of '{args.recording}', for {voice.checkpoint}")
+
+
+def push(args: argparse.Namespace) -> None:
+    from .hub import push_to_hub
+
+    result = push_to_hub(
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        token=args.token,
+        is_dry_run=args.dry_run or None,
+        output=args.output,
+        evaluation=args.evaluation,
+        license=args.license,
+        base_model=args.base_model,
+        languages=args.language,
+        datasets=args.dataset,
+        is_new_card=args.new_card,
+    )
+    if args.json:
+        write_json(
+            {
+                "kind": result.kind,
+                "repo_id": args.repo_id,
+                "files": result.files,
+                "folder": str(result.folder) if result.folder else None,
+                "url": result.url,
+            }
+        )
+        return
+    if args.quiet:
+        return
+    for name, num_bytes in result.files.items():
+        write_line(f"  {num_bytes:>13,}  {name}")
+    write_line(
+        f"  {sum(result.files.values()):>13,}  bytes in {len(result.files)} files: {result.kind} for {args.repo_id}"
+    )
+    if result.url is not None:
+        write_line(f"uploaded: {result.url}")
+    else:
+        why = "as asked" if args.dry_run else "there is no token: `hf auth login`, or --token"
+        write_line(f"{result.folder}: written; nothing was uploaded ({why})")
 
 
 def convert(args: argparse.Namespace) -> None:

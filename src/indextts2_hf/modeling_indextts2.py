@@ -5,6 +5,7 @@ and a voice into speech. It does not know text or recordings: those belong to th
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -566,7 +567,9 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 1 for text, 0 for padding.
             voice ([`VoicePrompt`], `str`, or a list of them, *optional*):
                 Who speaks: one for all texts or one for each; a name means a voice of the checkpoint, which also has a
-                default. The processor's tensors of a recording (`speaker_input_features` …) may stand instead.
+                default. The processor's tensors of a recording (`speaker_input_features` …) may stand instead. A voice may
+                bring an emotion, for texts without one, and an adapter, which stays on `t2s` afterwards, switched off; its
+                texts go through `t2s` in batches of their own.
             emotion_features (`torch.Tensor` of shape `(num_frames, feature_size)` or a list, *optional*):
                 Emotion of a recording, from `encode_emotion`: one for all texts or one for each. The processor's tensors
                 (`emotion_input_features` …) may stand instead. Without any emotion the voice's own is used.
@@ -657,20 +660,20 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             progress_callback("mel", step + 1, pipeline.num_timesteps)
             return {}
 
-        for start in range(0, len(rows), segment_batch_size):
-            batch = rows[start : start + segment_batch_size]
+        for adapter, batch in _batches(rows, [voice.adapter for voice in voices], segment_batch_size):
             texts = torch.tensor([row.text_index for row in batch], device=self.t2s.device)
             row_seeds = [seeds[row.text_index] for row in batch]
-            semantic_ids, hidden_states, lengths = self._generate_semantic_ids(
-                batch,
-                speaker_latents[texts],
-                emotion_embeds[texts],
-                row_seeds,
-                settings,
-                logits_processor,
-                stopping_criteria,
-                progress_callback,
-            )
+            with self._adapted(adapter):
+                semantic_ids, hidden_states, lengths = self._generate_semantic_ids(
+                    batch,
+                    speaker_latents[texts],
+                    emotion_embeds[texts],
+                    row_seeds,
+                    settings,
+                    logits_processor,
+                    stopping_criteria,
+                    progress_callback,
+                )
             mel_lengths = semantic_to_mel.default_mel_lengths(lengths)
             for index, row in enumerate(batch):
                 if row.num_samples is not None:
@@ -858,6 +861,19 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                     f"`emotion_weights` must have the shape ({len(voices)}, 8), one row for each text, but it has "
                     f"{tuple(emotion_weights.shape)}. The processor makes it."
                 )
+        # A text without any emotion takes the one that its voice brings.
+        defaults = [
+            None if is_asked else voice.emotion_weights for voice, is_asked in zip(voices, has_reference, strict=True)
+        ]
+        if any(defaults):
+            if emotion_weights is None:
+                emotion_weights = torch.full((len(voices), 8), math.nan, device=device)
+            rows = [
+                row if default is None or not row.isnan().all() else strength * row.new_tensor(default)
+                for row, default, strength in zip(emotion_weights, defaults, emotion_strength, strict=True)
+            ]
+            emotion_weights = torch.stack(rows)
+        if emotion_weights is not None:
             is_absent = emotion_weights.isnan().all(dim=1, keepdim=True)
             is_valid = (emotion_weights >= 0.0) & (emotion_weights <= 1.2 + 1e-6)
             if not (is_absent | is_valid).all():
@@ -874,6 +890,34 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             weighed = self.t2s.weigh_emotion(emotion_weights.nan_to_num(), speaker_embeds, emotion_embeds)
             emotion_embeds = torch.where(is_absent, emotion_embeds, weighed)
         return speaker_latents, emotion_embeds
+
+    @contextmanager
+    def _adapted(self, folder: str | None) -> Iterator[None]:
+        """The text-to-semantic transformer with this adapter alone, loaded when it is first needed; as it was, afterwards."""
+        if folder is None:
+            yield
+            return
+        t2s = self.t2s
+        digest = hashlib.sha256()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            with open(os.path.join(folder, name), "rb") as file:
+                digest.update(file.read())
+        name = f"voice-{digest.hexdigest()[:16]}"
+        active = t2s.active_adapters() if t2s._hf_peft_config_loaded else []
+        # Layers with adapters say whether these are switched off; a model has a method of that name.
+        switches = (getattr(module, "disable_adapters", None) for module in t2s.modules())
+        was_off = not active or any(is_off is True for is_off in switches)
+        try:
+            if not active or name not in t2s.peft_config:
+                t2s.load_adapter(folder, name)
+            t2s.set_adapter(name)
+            t2s.enable_adapters()
+            yield
+        finally:
+            if active:
+                t2s.set_adapter(active)
+            if was_off and t2s._hf_peft_config_loaded:
+                t2s.disable_adapters()
 
     def _generation_settings(self, generation_config: GenerationConfig | None, **kwargs: Any) -> GenerationConfig:
         """One generation config of the given one (or the model's) and the keyword arguments."""
@@ -975,6 +1019,14 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             logits_to_keep=1,  # only the states are wanted
         )
         return semantic_ids, output.last_hidden_state[:, :-1], lengths
+
+
+def _batches(rows: list[_Row], adapters: list[str | None], batch_size: int) -> Iterator[tuple[str | None, list[_Row]]]:
+    """Rows in their order, at most `batch_size` together, and only those whose texts have the same adapter."""
+    for adapter, neighbours in itertools.groupby(rows, key=lambda row: adapters[row.text_index]):
+        group = list(neighbours)
+        for start in range(0, len(group), batch_size):
+            yield adapter, group[start : start + batch_size]
 
 
 def _one_for_each(name: str, value: Any, num_texts: int) -> list[Any]:

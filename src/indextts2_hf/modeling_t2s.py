@@ -625,6 +625,8 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
                 f"The adapter {label!r}, made for {base!r}, is damaged or does not fit {self.name_or_path!r}, which is "
                 f"loaded ({str(error).splitlines()[0]}). Load its base, or get it again."
             ) from error
+        # What was just loaded is to be heard, also where the adapters before it had been switched off.
+        self.enable_adapters()
         return report
 
     def encode_speaker(

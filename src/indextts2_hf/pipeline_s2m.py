@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -37,11 +38,16 @@ logger = logging.get_logger(__name__)
 
 _VOICE_FORMAT = "indextts2-voice-1"
 
+# A voice pack: a folder with this file, perhaps an adapter, and a card.
+VOICE_FILE = "voice.safetensors"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 
 @dataclass(frozen=True, eq=False)
 class VoicePrompt:
     r"""
-    A voice as a value: made once from a recording by `encode_voice`, kept in one safetensors file, used in any batch.
+    A voice as a value: made once from a recording by `encode_voice`, kept in one safetensors file or in a voice pack (a folder
+    with that file, an adapter where it has one, and a card), used in any batch.
 
     Args:
         speaker_features (`torch.Tensor` of shape `(num_frames, feature_size)`):
@@ -56,6 +62,17 @@ class VoicePrompt:
             What is said in the recording, at mel rate.
         checkpoint (`str`):
             Name and fingerprint of the checkpoint that made it, `name@fingerprint`.
+        emotion_weights (`tuple[float, ...]`, *optional*):
+            Eight intensities from 0 to 1.2 that it speaks with where no other emotion is asked for.
+        license (`str`, *optional*):
+            Licence under which it may be used.
+        consent (`str`, *optional*):
+            How the person that it belongs to agreed, in words.
+        adapter (`str`, *optional*):
+            Folder of an adapter of the text-to-semantic transformer that belongs to it.
+
+    Raises:
+        ValueError: `emotion_weights` are not eight numbers from 0 to 1.2.
     """
 
     speaker_features: torch.Tensor
@@ -64,24 +81,69 @@ class VoicePrompt:
     prompt_mel: torch.Tensor
     content_embeds: torch.Tensor
     checkpoint: str
+    emotion_weights: tuple[float, ...] | None = None
+    license: str | None = None
+    consent: str | None = None
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        weights = self.emotion_weights
+        if weights is None:
+            return
+        is_row = isinstance(weights, tuple) and all(isinstance(weight, float | int) for weight in weights)
+        if not is_row or len(weights) != 8 or not all(0.0 <= weight <= 1.2 for weight in weights):
+            raise ValueError(
+                f"The `emotion_weights` of a voice are {weights!r}, but they must be eight numbers from 0 to 1.2."
+            )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "checkpoint"}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.type is torch.Tensor}
 
     def to(self, *args: Any, **kwargs: Any) -> "VoicePrompt":
         """The same voice on another device or in another dtype; arguments of `torch.Tensor.to`."""
         return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in self.tensors().items()})
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes one safetensors file; nothing is left behind when that fails."""
+        """
+        Writes one safetensors file, or a voice pack where `path` does not end in `.safetensors`: a new folder. Nothing is left
+        behind when that fails.
+
+        Raises:
+            FileNotFoundError: there is no folder to write it in.
+            FileExistsError: that folder exists and is not empty.
+            ValueError: it has an adapter, which a file cannot hold.
+        """
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"There is no folder '{path.parent}' to save the voice in. Make it first.")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        if path.suffix != ".safetensors":
+            if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+                raise FileExistsError(f"'{path}' exists. Name a new folder for the voice pack.")
+            try:
+                temporary.mkdir()
+                replace(self, adapter=None).save(temporary / VOICE_FILE)
+                for name in ADAPTER_FILES if self.adapter is not None else ():
+                    shutil.copyfile(os.path.join(self.adapter, name), temporary / name)
+                if path.is_dir():
+                    path.rmdir()
+                temporary.rename(path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            return
+        if self.adapter is not None:
+            raise ValueError(
+                f"This voice has an adapter, which the file '{path}' cannot hold. Save it in a folder: a path without "
+                "`.safetensors`."
+            )
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        metadata = {"format": _VOICE_FORMAT, "checkpoint": self.checkpoint}
+        metadata |= {name: value for name in ("license", "consent") if (value := getattr(self, name)) is not None}
+        if self.emotion_weights is not None:
+            metadata["emotion_weights"] = json.dumps(self.emotion_weights)
         try:
-            temporary.write_bytes(save(tensors, {"format": _VOICE_FORMAT, "checkpoint": self.checkpoint}))
+            temporary.write_bytes(save(tensors, metadata))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -89,12 +151,14 @@ class VoicePrompt:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "VoicePrompt":
         """
-        Reads a file that `save` wrote.
+        Reads a file or a voice pack that `save` wrote. An adapter is read when the voice first speaks.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or holds no voice.
+            FileNotFoundError: there is no such file or folder.
+            ValueError: the file is damaged or holds no voice, or the folder is no voice pack.
         """
+        if os.path.isdir(path):
+            return cls._load_pack(Path(path))
         if not os.path.isfile(path):
             raise FileNotFoundError(
                 f"There is no voice file '{path}'. Make one with `indextts2 voice REF.wav -o {path}`."
@@ -107,13 +171,23 @@ class VoicePrompt:
             raise ValueError(
                 f"'{path}' is not a readable safetensors file ({error}). Make it again with `indextts2 voice`."
             ) from error
-        expected = {field.name for field in fields(cls)} - {"checkpoint"}
+        expected = {field.name for field in fields(cls) if field.type is torch.Tensor}
         if metadata.get("format") != _VOICE_FORMAT or set(tensors) != expected:
             raise ValueError(
                 f"'{path}' is a safetensors file but holds no voice: format {metadata.get('format')!r} with "
                 f"{sorted(tensors)}, expected {_VOICE_FORMAT!r} with {sorted(expected)}. Make it with `indextts2 voice`."
             )
-        voice = cls(**tensors, checkpoint=metadata.get("checkpoint", "unknown@"))
+        try:
+            weights = json.loads(metadata.get("emotion_weights", "null"))
+            voice = cls(
+                **tensors,
+                checkpoint=metadata.get("checkpoint", "unknown@"),
+                emotion_weights=tuple(weights) if isinstance(weights, list) else weights,
+                license=metadata.get("license"),
+                consent=metadata.get("consent"),
+            )
+        except ValueError as error:
+            raise ValueError(f"'{path}' is no usable voice: {error} Make it again with `indextts2 voice`.") from error
         ranks = {name: tensor.ndim for name, tensor in voice.tensors().items()}
         if any(rank != (1 if name == "speaker_embeds" else 2) for name, rank in ranks.items()) or (
             len(voice.prompt_mel) != len(voice.content_embeds)
@@ -121,6 +195,24 @@ class VoicePrompt:
             shapes = {name: tuple(tensor.shape) for name, tensor in voice.tensors().items()}
             raise ValueError(f"'{path}' holds tensors of the wrong shapes for a voice: {shapes}.")
         return voice
+
+    @classmethod
+    def _load_pack(cls, folder: Path) -> "VoicePrompt":
+        if not (folder / VOICE_FILE).is_file():
+            raise ValueError(
+                f"The folder '{folder}' is no voice pack: it has no {VOICE_FILE}. Make one with "
+                "`indextts2 voice REF.wav -o FOLDER`, or name a recording."
+            )
+        voice = cls.load(folder / VOICE_FILE)
+        found = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+        if not found:
+            return voice
+        missing = [name for name in ADAPTER_FILES if name not in found]
+        if missing:
+            raise ValueError(
+                f"The voice pack '{folder}' has the {found[0]} of an adapter but not its {missing[0]}. Get it again."
+            )
+        return replace(voice, adapter=str(folder))
 
 
 @dataclass

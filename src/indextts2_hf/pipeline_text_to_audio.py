@@ -3,12 +3,14 @@ The front door: `IndexTTS2TextToAudioPipeline`, text to speech with a voice, an 
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import BatchFeature, TextToAudioPipeline
 from transformers.pipelines.text_to_audio import AudioOutput
 
@@ -21,6 +23,10 @@ from .processing_indextts2 import EmotionWeights, IndexTTS2Processor
 _PREPROCESS_NAMES = ("emotion_weights", "emotion_text", "max_text_tokens", "quick_streaming_tokens")
 _EMOTION_NAMES = ("emotion_audio", "emotion_features", "emotion_weights", "emotion_text")
 _HUB_NAMES = ("cache_dir", "local_files_only", "token", "revision")
+
+# By which the path of a missing file is told from a repository.
+_FILE_ENDINGS = (".aac", ".aif", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus")
+_FILE_ENDINGS += (".safetensors", ".wav", ".webm", ".wma")
 
 
 def embedded_checkpoint() -> Path:
@@ -99,8 +105,9 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
                 a generator of results, one text at a time.
             voice (*optional*):
                 Who speaks: a `VoicePrompt`, the name of a voice of the checkpoint, the path of a saved voice
-                (`.safetensors`), or a recording (path, bytes, `(array, rate)`, audio `dict`). A list holds one for each
-                text. The checkpoint's default voice otherwise.
+                (`.safetensors`) or of a voice pack (a folder), the Hub repository of one (`owner/name`), or a recording
+                (path, bytes, `(array, rate)`, audio `dict`). A list holds one for each text. The checkpoint's default voice
+                otherwise.
             emotion_audio (*optional*):
                 A recording whose emotion is taken, in the same forms; a list holds one (or `None`) for each text.
             emotion_weights (*optional*):
@@ -248,7 +255,11 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
 
     def load_voice(self, voice: Any) -> Any:
         """
-        A `VoicePrompt` from any form of a voice: a `VoicePrompt`, a name of the checkpoint, a saved voice, a recording.
+        A `VoicePrompt` from any form of a voice: a `VoicePrompt`, a name of the checkpoint, a saved voice or voice pack, a
+        recording. What is none of these and looks like `owner/name` is had from the Hub.
+
+        Raises:
+            ValueError, OSError: there is no such voice, or it is damaged.
         """
         from .pipeline_s2m import VoicePrompt
 
@@ -257,11 +268,35 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
             return voice
         if isinstance(voice, str) and voice in self.model.voices:
             return self.model.voices[voice]
-        if isinstance(voice, str | os.PathLike) and str(voice).endswith(".safetensors"):
+        if not isinstance(voice, str | os.PathLike):
+            return self.model.encode_voice(voice)
+        if os.path.isdir(voice) or str(voice).endswith(".safetensors"):
             return VoicePrompt.load(voice)
-        if isinstance(voice, str) and not os.path.exists(voice) and not os.path.splitext(voice)[1]:
-            return self.model.get_voice(voice)
+        if isinstance(voice, str) and not os.path.exists(voice):
+            if is_repository_id(voice):
+                return VoicePrompt.load(self._download_voice(voice))
+            if not os.path.splitext(voice)[1]:
+                return self.model.get_voice(voice)
         return self.model.encode_voice(voice)
+
+    def _download_voice(self, repository: str) -> str:
+        """The folder of a voice pack of the Hub; nothing else of the repository is downloaded."""
+        hub_arguments = {name: value for name, value in self._hub_arguments.items() if name != "revision"}
+        files = ["voice.safetensors", "adapter_config.json", "adapter_model.safetensors", "README.md"]
+        try:
+            return snapshot_download(repository, allow_patterns=files, **hub_arguments)
+        except Exception as error:
+            raise ValueError(
+                f"There is no voice {repository!r}: it is no file or folder here, no voice of this checkpoint, which has "
+                f"{sorted(self.model.voices) or 'none at all'}, and could not be had from the Hub "
+                f"({(str(error).strip() or type(error).__name__).splitlines()[0]})."
+            ) from error
+
+
+def is_repository_id(name: str) -> bool:
+    """Whether it looks like `owner/name`, and not like the path of a file."""
+    is_pair = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    return is_pair and os.path.splitext(name)[1].lower() not in _FILE_ENDINGS
 
 
 def _each_once(value: Any, function: Callable[[Any], Any]) -> Any:
