@@ -4,6 +4,7 @@ The Space: type, choose a voice, an emotion and a length, hear it, and take the 
 `build_demo` makes the interface over a pipeline; started as a program, this file loads one and serves it.
 """
 
+import html
 import logging
 import os
 from pathlib import Path
@@ -110,9 +111,14 @@ watch('value', () => {
 """
 
 
-NAMES_SCRIPT = """
+# On a narrow page the result is below all controls.
+SHOW_RESULT_SCRIPT = "() => { if (innerWidth < 700) document.querySelector('#result').scrollIntoView(); }"
+# Gradio leaves player and picture without a name for those who do not see them. Several segments were heard as they came.
+DONE_SCRIPT = """
 () => {
-  document.querySelector('#speech audio')?.setAttribute('aria-label', 'Speech');
+  const speech = document.querySelector('#speech audio');
+  if (!document.querySelector('#segments audio')) speech?.play().catch(() => {});
+  speech?.setAttribute('aria-label', 'Speech');
   const picture = document.querySelector('#picture img');
   picture?.setAttribute('alt', 'Waveform and mel spectrogram of the speech');
   picture?.closest('button')?.setAttribute('aria-label', 'Enlarge waveform and mel spectrogram');
@@ -120,19 +126,19 @@ NAMES_SCRIPT = """
 """
 
 
-def make_recorder(**kwargs: Any) -> gr.Audio:
-    """Takes a recording from the visitor's own device. Addresses are refused: Gradio would fetch them, whatever their size."""
-    recorder = gr.Audio(sources=["upload", "microphone"], type="filepath", elem_classes="recorder", **kwargs)
-    keep = recorder.async_move_resource_to_block_cache
+class Demo(gr.Blocks):
+    """
+    Takes files that were uploaded here and no others. Gradio itself would fetch addresses, of any size, and refuse other paths
+    without a word.
+    """
 
-    async def keep_upload(url_or_file_path: str | Path | None) -> str | None:
-        if "://" in str(url_or_file_path):
-            raise gr.Error("A recording must be uploaded; it cannot be an address.", print_exception=False)
-        return await keep(url_or_file_path)
-
-    # On the object: Gradio writes a stub file beside the source of every class that is made of a component.
-    recorder.async_move_resource_to_block_cache = keep_upload
-    return recorder
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        for component, value in zip(block_fn.inputs, inputs, strict=False):
+            path = value.get("path") if isinstance(value, dict) else None
+            if path and not Path(path).resolve().is_relative_to(Path(component.GRADIO_CACHE).resolve()):
+                message = f"{html.escape(str(path))!r} was not uploaded here. Upload the recording first."
+                raise gr.Error(message, print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
 def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
@@ -143,7 +149,7 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
     has_words = pipe.emotion_text_model is not None
     no_words = "This checkpoint has no emotion language model, so it cannot take the emotion from words."
 
-    demo = gr.Blocks(title="IndexTTS2", analytics_enabled=False, delete_cache=(DELETE_EVERY_S, DELETE_AFTER_S))
+    demo = Demo(title="IndexTTS2", analytics_enabled=False, delete_cache=(DELETE_EVERY_S, DELETE_AFTER_S))
     with demo:
         gr.Markdown(INTRODUCTION, elem_id="introduction")
         with gr.Row(equal_height=False):
@@ -166,7 +172,8 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
                     info=None if voices else "This checkpoint brings no voice: give a recording.",
                     interactive=bool(voices),
                 )
-                voice_audio = make_recorder(label="Or a recording of the voice")
+                recorder = {"sources": ["upload", "microphone"], "type": "filepath", "elem_classes": "recorder"}
+                voice_audio = gr.Audio(label="Or a recording of the voice", **recorder)
                 gr.Markdown(CONSENT, elem_id="consent")
                 emotion_from = gr.Radio(
                     [OWN, WEIGHTS, RECORDING, *([WORDS] if has_words else [])],
@@ -179,7 +186,7 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
                         gr.Slider(0, 1.2, value=0, step=0.05, label=name.capitalize(), min_width=180, buttons=[])
                         for name in EMOTIONS
                     ]
-                emotion_audio = make_recorder(label="A recording of the emotion", visible=False)
+                emotion_audio = gr.Audio(label="A recording of the emotion", visible=False, **recorder)
                 emotion_text = gr.Textbox(
                     label="The emotion in words",
                     placeholder="bursting with joy",
@@ -224,7 +231,7 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
                             ("segment_silence_s", "Pause between segments, in seconds", (0.0, 2.0), 0.05),
                         )
                     ]
-            with gr.Column(scale=6, min_width=320):
+            with gr.Column(scale=6, min_width=320, elem_id="result"):
                 speech = gr.Audio(
                     label="Speech",
                     format="wav",
@@ -261,6 +268,7 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
             [text, emotion_from, weights[0], length_from, duration_s],
             example_labels=list(EXAMPLES),
             api_name="use_example",
+            api_visibility="undocumented",
         )
 
         speaking = gr.on(
@@ -275,8 +283,8 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
             concurrency_limit=1,
             api_name="speak",
         )
-        # Gradio leaves these two without a name for those who do not see them.
-        speaking.then(None, js=NAMES_SCRIPT)
+        speak_button.click(None, js=SHOW_RESULT_SCRIPT)
+        speaking.success(None, js=DONE_SCRIPT)
         of_the_page = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
         stop_button.click(lambda: "Stopped.", None, status, cancels=[speaking], api_name="stop", **of_the_page)
         emotion_from.change(

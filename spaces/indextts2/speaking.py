@@ -27,8 +27,9 @@ except ImportError:
 import gradio as gr
 import numpy as np
 import soundfile
+import torch
 from PIL import Image
-from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+from transformers.audio_utils import mel_filter_bank
 
 from indextts2_hf import EMOTIONS, IndexTTS2TextToAudioPipeline, embedded_checkpoint
 
@@ -84,7 +85,7 @@ def read_recording(path: str) -> bytes:
 
 
 def read_emotion(
-    emotion_from: str, weights: dict[str, float], emotion_audio: str | None, emotion_text: str | None
+    emotion_from: str | None, weights: dict[str, float | None], emotion_audio: str | None, emotion_text: str | None
 ) -> dict[str, Any]:
     """
     The pipeline's argument for the chosen emotion; a recording is still a path in it.
@@ -112,7 +113,7 @@ def read_emotion(
     return {}
 
 
-def read_length(length_from: str, duration_s: float | None, num_semantic_tokens: int | None) -> dict[str, Any]:
+def read_length(length_from: str | None, duration_s: float | None, num_semantic_tokens: int | None) -> dict[str, Any]:
     """
     The pipeline's argument for the chosen length.
 
@@ -144,18 +145,15 @@ def draw_speech(waveform: np.ndarray, sampling_rate: int) -> Image.Image:
     from matplotlib.figure import Figure
 
     grey, accent = "#7c8694", "#14958a"
-    mel = spectrogram(
-        np.pad(waveform, (0, max(0, 1024 - len(waveform)))),
-        window_function(1024, "hann"),
-        frame_length=1024,
-        hop_length=256,
-        power=2.0,
-        mel_filters=mel_filter_bank(513, 80, 0.0, sampling_rate / 2, sampling_rate),
-        log_mel="dB",
-        db_range=80.0,
+    frames = torch.stft(
+        torch.from_numpy(waveform), 1024, 256, window=torch.hann_window(1024), pad_mode="constant", return_complex=True
     )
+    filters = mel_filter_bank(513, 80, 0.0, sampling_rate / 2, sampling_rate)
+    mel = 20 * np.log10(np.maximum(filters.T @ frames.abs().numpy(), 1e-5))
+    mel = np.maximum(mel, mel.max() - 80)
     end_s = len(waveform) / sampling_rate
-    figure = Figure(figsize=(9, 4), dpi=110, layout="constrained", facecolor="none")
+    figure = Figure(figsize=(9, 4), dpi=110, facecolor="none")
+    figure.subplots_adjust(0.06, 0.12, 0.99, 0.97, hspace=0.1)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     pieces = np.array_split(waveform, min(len(waveform), 1200))
     times = np.linspace(0, end_s, len(pieces))
@@ -193,20 +191,23 @@ def make_speak(pipe: IndexTTS2TextToAudioPipeline) -> Callable[..., Iterator[tup
     @GPU(duration=120)
     def speak(
         text: str,
-        voice: str | None,
-        voice_audio: str | None,
-        emotion_from: str,
-        happy: float, angry: float, sad: float, afraid: float,
-        disgusted: float, melancholic: float, surprised: float, calm: float,
-        emotion_audio: str | None,
-        emotion_text: str | None,
-        emotion_strength: float,
-        length_from: str,
-        duration_s: float | None,
-        num_semantic_tokens: int | None,
-        seed: str | None,
-        temperature: float, top_p: float, top_k: int, num_beams: int,
-        num_inference_steps: int, guidance_scale: float, segment_silence_s: float,
+        # None is what a field gives that was left out or emptied.
+        voice: str | None = None,
+        voice_audio: str | None = None,
+        emotion_from: str | None = None,
+        happy: float | None = None, angry: float | None = None, sad: float | None = None, afraid: float | None = None,
+        disgusted: float | None = None, melancholic: float | None = None, surprised: float | None = None,
+        calm: float | None = None,
+        emotion_audio: str | None = None,
+        emotion_text: str | None = None,
+        emotion_strength: float | None = None,
+        length_from: str | None = None,
+        duration_s: float | None = None,
+        num_semantic_tokens: int | None = None,
+        seed: str | None = None,
+        temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
+        num_beams: int | None = None, num_inference_steps: int | None = None, guidance_scale: float | None = None,
+        segment_silence_s: float | None = None,
         progress=gr.Progress(),  # noqa: B008 - how Gradio finds it
     ) -> Iterator[tuple]:  # fmt: skip
         """
@@ -233,13 +234,14 @@ def make_speak(pipe: IndexTTS2TextToAudioPipeline) -> Callable[..., Iterator[tup
                 raise ValueError(f"The seed is {seed!r}, but it must be a whole number, or empty for a new one.")
             given = {"voice": voice_audio or voice}
             given |= read_emotion(emotion_from, weights, emotion_audio, emotion_text)
-            if len(given) > 1 and emotion_strength != 1.0:
+            if len(given) > 1 and emotion_strength not in (None, 1.0):
                 given["emotion_strength"] = emotion_strength
             given |= read_length(length_from, duration_s, num_semantic_tokens)
             given["seed"] = int(seed) if (seed or "").strip() else secrets.randbits(32)
             given |= {
                 name: value for name, value in zip(usual, settings, strict=True) if value not in (None, usual[name])
             }
+            pause = model.pause_samples(given.get("segment_silence_s", usual["segment_silence_s"]))
             shown = dict(given)
             for name, path in (("voice", voice_audio), ("emotion_audio", given.get("emotion_audio"))):
                 if path:
@@ -266,9 +268,9 @@ def make_speak(pipe: IndexTTS2TextToAudioPipeline) -> Callable[..., Iterator[tup
                     }
                 )
                 if not segment.is_last:
-                    pieces.append(np.zeros(model.pause_samples(segment_silence_s), dtype=np.float32))
+                    pieces.append(np.zeros(pause, dtype=np.float32))
                     ready = f"Segment {len(segments)} of {len(texts)} is ready."
-                    yield gr.skip(), segments, gr.skip(), gr.skip(), ready
+                    yield gr.skip(), list(segments), gr.skip(), gr.skip(), ready
         except (ValueError, TypeError) as error:
             # The page takes messages for HTML.
             message = html.escape(str(error), quote=False)
@@ -283,13 +285,12 @@ def make_speak(pipe: IndexTTS2TextToAudioPipeline) -> Callable[..., Iterator[tup
             # Several beams draw together: the segments have to go through the model one by one there too.
             shown["segment_batch_size"] = 1
         yield (
-            # Several segments have been heard by now.
-            gr.update(value=(sampling_rate, to_pcm(speech)), autoplay=len(segments) == 1),
+            (sampling_rate, to_pcm(speech)),
             segments if len(segments) > 1 else [],
             draw_speech(speech, sampling_rate),
             write_call(pipe, text, shown),
-            f"**{len(speech) / sampling_rate:.2f} s** of speech, {len(segments)} segment{'s'[: len(segments) != 1]}, "
-            f"{num_tokens} semantic tokens, seed {given['seed']}. Made in {time.perf_counter() - started:.1f} s.",
+            f"**{len(speech) / sampling_rate:.2f}\u00a0s** of speech, {len(segments)} segment{'s'[: len(segments) != 1]}, "
+            f"{num_tokens} semantic tokens, seed {given['seed']}. Made in {time.perf_counter() - started:.1f}\u00a0s.",
         )
 
     return speak
