@@ -18,6 +18,7 @@ from indextts2_hf import IndexTTS2ForTextToWaveform, embedded_checkpoint
 
 
 PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,8 @@ def visit(browser, space):
     yield open_page
     for context in pages:
         context.close()
-    assert not errors and not strangers
+    # The player's own word about an upload that is no sound.
+    assert not [error for error in errors if "Waveform load error" not in error] and not strangers
 
 
 def text_of(page: Page):
@@ -68,7 +70,7 @@ def text_of(page: Page):
 
 
 def wait_until_spoken(page: Page) -> None:
-    expect(page.locator("#status")).to_contain_text("Made in", timeout=PATIENCE_MS)
+    expect(page.locator("#status")).to_contain_text("Made in")
     page.wait_for_function("document.querySelector('#speech audio')?.duration > 0")
 
 
@@ -137,7 +139,7 @@ def test_wrong_input_is_told_and_the_page_goes_on(visit, tmp_path):
     alert = page.get_by_test_id("toast-body")
     speak.click()
     expect(alert).to_contain_text("text", ignore_case=True)
-    alert.get_by_role("button", name="Close").click()
+    page.get_by_test_id("toast-close").click()
 
     text_of(page).fill("a" * 5000)
     assert len(text_of(page).input_value()) == 1000
@@ -170,10 +172,10 @@ def test_own_voice_from_a_file_and_from_the_microphone(visit, tmp_path):
     page.get_by_role("button", name="Record audio").first.click()
     page.get_by_role("button", name="Record", exact=True).click()
     page.wait_for_timeout(1500)
-    page.get_by_role("button", name="Stop", exact=True).first.click()
+    page.locator(".recorder").get_by_role("button", name="Stop", exact=True).first.click()
     expect(page.get_by_label("Voice", exact=True)).to_be_disabled()
     page.get_by_role("button", name="Speak", exact=True).click()
-    expect(page.locator("#code .cm-content")).to_contain_text("voice='audio.wav'", timeout=PATIENCE_MS)
+    expect(page.locator("#code .cm-content")).to_contain_text("voice='audio.wav'")
 
 
 def test_on_a_phone(visit):
@@ -199,8 +201,10 @@ def test_by_keyboard_alone(visit):
 
     tab_to("element.placeholder === 'What to say'")
     page.keyboard.type("Hello there.")
-    tab_to("element.type === 'radio' && element.value === 'free'")
-    page.keyboard.press("ArrowRight")
+    # Gradio makes every choice a stop of its own.
+    tab_to("element.type === 'radio' && element.value === 'seconds'")
+    page.keyboard.press("Space")
+    page.get_by_label("Seconds", exact=True).wait_for()
     tab_to("element.type === 'number' && element.max === '60'")
     page.keyboard.press("Control+A")
     page.keyboard.type("1.2")
@@ -228,7 +232,7 @@ CONTROLS = """
 [...document.querySelectorAll('button, input, textarea, select, audio, img, [role=slider], [role=listbox]')]
   .filter(element => element.offsetParent !== null && element.type !== 'file')
   .map(element => [element.outerHTML.slice(0, 120), [element.getAttribute('aria-label'), element.alt, element.title,
-    element.placeholder, ...[...(element.labels ?? [])].map(label => label.innerText), element.innerText]
+    ...[...(element.labels ?? [])].map(label => label.innerText), element.placeholder, element.innerText]
     .find(name => name?.trim()) ?? ''])
 """
 
@@ -270,7 +274,7 @@ CONTRAST = """
     return [255, 255, 255];
   };
   return [...document.querySelectorAll('h1, p, span, label, button, textarea, input, li, strong')]
-    .filter(element => element.offsetParent !== null && !element.closest('footer, #code, audio')
+    .filter(element => element.offsetParent !== null && !element.closest('footer, #code, audio') && !['radio', 'range'].includes(element.type)
       && (element.value || [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim())))
     .map(element => {
       const [a, b] = [light(rgba(getComputedStyle(element).color)), light(behind(element))].sort((x, y) => y - x);
@@ -289,7 +293,9 @@ def test_in_light_and_in_dark(visit, theme):
     page.get_by_label("number input for Happy").fill("0.5")
     page.get_by_role("button", name="Speak", exact=True).click()
     wait_until_spoken(page)
-    red, *_ = map(int, page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)"))
+    red, *_ = map(
+        int, page.evaluate("getComputedStyle(document.querySelector('gradio-app')).backgroundColor.match(/\\d+/g)")
+    )
     assert (red > 200) == (theme == "light")
     contrast, where = page.evaluate(CONTRAST)
     assert contrast >= 4.5, where
