@@ -4,6 +4,7 @@ The Space: type, choose a voice, an emotion and a length, hear it, and take the 
 `build_demo` makes the interface over a pipeline; started as a program, this file loads one and serves it.
 """
 
+import gc
 import html
 import logging
 import os
@@ -181,6 +182,7 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
                     label="Emotion",
                     info=None if has_words else no_words,
                 )
+                emotion_strength = gr.Slider(0, 1, value=1, step=0.05, label="Strength of the emotion", visible=False)
                 with gr.Row(visible=False) as weights_area:
                     weights = [
                         gr.Slider(0, 1.2, value=0, step=0.05, label=name.capitalize(), min_width=180, buttons=[])
@@ -193,7 +195,6 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
                     max_length=MAX_DESCRIPTION_CHARACTERS,
                     visible=False,
                 )
-                emotion_strength = gr.Slider(0, 1, value=1, step=0.05, label="Strength of the emotion", visible=False)
                 length_from = gr.Radio([FREE, SECONDS, TOKENS], value=FREE, label="Length")
                 duration_s = gr.Number(
                     value=3.0,
@@ -342,4 +343,7 @@ def load_pipeline(checkpoint: str | None) -> IndexTTS2TextToAudioPipeline:
 
 
 if __name__ == "__main__":
-    launch(build_demo(load_pipeline(os.environ.get("INDEXTTS2_MODEL"))))
+    demo = build_demo(load_pipeline(os.environ.get("INDEXTTS2_MODEL")))
+    # What is there now stays: collections have only to look at what requests leave behind.
+    gc.freeze()
+    launch(demo)

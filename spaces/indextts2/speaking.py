@@ -5,6 +5,7 @@ It knows no widget. Paths of recordings end in `read_recording`: neither the pac
 """
 
 import base64
+import gc
 import html
 import io
 import logging
@@ -169,6 +170,10 @@ def draw_speech(waveform: np.ndarray, sampling_rate: int) -> Image.Image:
         axes.spines[:].set_visible(False)
     file = io.BytesIO()
     figure.savefig(file, format="png")
+    # A figure is a circle of references with a buffer in it: without this it stays until a collection happens to come.
+    figure.clear()
+    del figure, top, bottom, axes
+    gc.collect()
     return Image.open(file)
 
 
