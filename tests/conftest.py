@@ -3,7 +3,12 @@
 import csv
 import json
 import os
+import re
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
 
+import indextts2_hf
 from indextts2_hf import (
     IndexTTS2Config,
     IndexTTS2FeatureExtractor,
@@ -300,3 +306,57 @@ def tiny_recordings(tmp_path_factory) -> Path:
                 soundfile.write(folder / name, sound, 16000)
                 table.writerow([name, "Hello world.", f"speaker{speaker}", "neutral", "en"])
     return folder
+
+
+# --- the Space -----------------------------------------------------------------------------------------------------------
+
+SPACE = Path(__file__).parent.parent / "spaces" / "indextts2"
+sys.path.insert(0, str(SPACE))
+
+
+class Server:
+    """The Space, started as its README says: `url`, `memory_mib()`, `output` (what it said so far)."""
+
+    def __init__(self, folder: Path, port: int, process: subprocess.Popen):
+        self.folder = folder
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = process
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+
+    def memory_mib(self) -> float:
+        """Resident memory of the process; Linux says so."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory) -> Iterator[Server]:
+    """A running server of its own on the embedded checkpoint. Shared: a test must leave it running."""
+    folder = tmp_path_factory.mktemp("space")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(folder / "files"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(indextts2_hf.__file__).parent.parent),
+    }
+    with open(folder / "output.txt", "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, SPACE / "app.py"], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    server = Server(folder, port, process)
+    try:
+        start = time.monotonic()
+        while "Running on local URL" not in server.output:
+            assert process.poll() is None and time.monotonic() - start < 180, f"no server:\n{server.output}"
+            time.sleep(0.2)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -32,9 +32,14 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(LIBRARIES)
 
 
-def run_file(path: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """In the new process: `path` as the main program in a group of its own, standard output and error in the file `output`."""
+def run_file(path: str, arguments: list[str], environment: dict[str, str], output: str, folder: str | None) -> None:
+    """
+    In the new process: `path` as the main program in a group of its own and in `folder`, standard output and error in the file
+    `output`.
+    """
     os.setpgrp()
+    if folder is not None:
+        os.chdir(folder)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -62,11 +67,11 @@ def run_file(path: str, arguments: list[str], environment: dict[str, str], outpu
 class Program:
     """A running program: `pid`, `output` (what it said so far), `wait()` for its exit code, `kill(signal)`."""
 
-    def __init__(self, name: str, arguments: list[str], environment: dict[str, str]):
+    def __init__(self, name: str, arguments: list[str], environment: dict[str, str], folder: str | None = None):
         descriptor, self._output = tempfile.mkstemp(suffix=".txt")
         os.close(descriptor)
         path = str(TRAINING / f"{name}.py")
-        self._process = server.Process(target=run_file, args=(path, arguments, environment, self._output))
+        self._process = server.Process(target=run_file, args=(path, arguments, environment, self._output, folder))
         self._process.start()
         self.pid = self._process.pid
 
@@ -100,14 +105,18 @@ class Program:
             time.sleep(0.005)
 
 
-def start(name: str, *arguments: object, environment: dict[str, str] | None = None) -> Program:
-    """Starts `training/NAME.py ARGUMENTS`."""
-    return Program(name, [str(argument) for argument in arguments], environment or {})
+def start(
+    name: str, *arguments: object, environment: dict[str, str] | None = None, folder: Path | None = None
+) -> Program:
+    """Starts `training/NAME.py ARGUMENTS`, in `folder` if one is given."""
+    return Program(name, [str(argument) for argument in arguments], environment or {}, folder and str(folder))
 
 
-def run_program(name: str, *arguments: object, environment: dict[str, str] | None = None) -> str:
+def run_program(
+    name: str, *arguments: object, environment: dict[str, str] | None = None, folder: Path | None = None
+) -> str:
     """Runs it to its end, which must be a good one; gives what it said."""
-    program = start(name, *arguments, environment=environment)
+    program = start(name, *arguments, environment=environment, folder=folder)
     code = program.wait()
     assert code == 0, program.output
     return program.output
