@@ -108,7 +108,9 @@ def test_type_choose_generate_hear(visit, model, tmp_path):
     assert soundfile.info(tmp_path / "speech.wav").frames == round(1.6 * model.config.sampling_rate)
 
     if screenshot := os.environ.get("INDEXTTS2_SCREENSHOT"):
-        page.screenshot(path=screenshot, full_page=True)
+        page.set_viewport_size({"width": 1180, "height": 1000})
+        page.mouse.move(0, 0)
+        page.screenshot(path=screenshot)
 
 
 def test_a_long_text_is_heard_segment_by_segment(visit):
