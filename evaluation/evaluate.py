@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 import metrics
 from indextts2_hf import IndexTTS2TextToAudioPipeline, VoicePrompt
+from indextts2_hf.cards import figures_table
 from indextts2_hf.emotion import EMOTIONS
 from indextts2_hf.feature_extraction_indextts2 import load_audio
-from indextts2_hf.hub import figures_table
 
 
 MEASURES = ("words", "voice", "sound", "prosody")

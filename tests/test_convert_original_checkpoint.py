@@ -24,6 +24,7 @@ from indextts2_hf import (
     IndexTTS2T2SConfig,
     IndexTTS2Vocoder,
 )
+from indextts2_hf.cards import write_model_card
 from indextts2_hf.convert_original_checkpoint import (
     build_empty_model,
     convert_original_checkpoint,
@@ -31,7 +32,6 @@ from indextts2_hf.convert_original_checkpoint import (
     fold_weight_norm,
     key_tables,
 )
-from indextts2_hf.hub import write_model_card
 
 
 W2V = "w2v-bert-2.0/model.safetensors"

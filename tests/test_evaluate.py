@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from indextts2_hf.hub import read_evaluation
+from indextts2_hf.cards import read_evaluation
 
 
 EVALUATION = Path(__file__).parent.parent / "evaluation"

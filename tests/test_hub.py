@@ -21,15 +21,8 @@ from huggingface_hub import ModelCard
 
 import indextts2_cli
 from indextts2_hf import IndexTTS2TextToAudioPipeline, VoicePrompt, embedded_checkpoint
-from indextts2_hf.hub import (
-    CARD_MARK,
-    EVALUATION_MARK,
-    assemble_hub_folder,
-    push_to_hub,
-    read_card,
-    write_adapter_card,
-    write_model_card,
-)
+from indextts2_hf.cards import CARD_MARK, EVALUATION_MARK, read_card, write_adapter_card, write_model_card
+from indextts2_hf.hub import assemble_hub_folder, push_to_hub
 
 
 ROOT = Path(__file__).parent.parent

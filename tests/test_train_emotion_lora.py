@@ -265,7 +265,7 @@ def test_the_card(adapter, tiny_checkpoint, style_features):
 
 
 def test_the_card_of_an_adapter_for_a_repository(tmp_path):
-    from indextts2_hf.hub import write_adapter_card
+    from indextts2_hf.cards import write_adapter_card
 
     same = {"semantic_cross_entropy_per_token": 4.0}
     write_adapter_card(tmp_path, name="happy", base="somebody/base", data={}, settings={}, before=same, after=same)

@@ -40,7 +40,7 @@ from checkpoint import (
     write_part,
 )
 from data import EndlessBatchSampler
-from indextts2_hf.hub import read_card, write_model_card
+from indextts2_hf.cards import read_card, write_model_card
 
 
 # What may be changed from one half of a run to the other without changing its numbers.

@@ -34,8 +34,8 @@ from transformers import LogitsProcessorList, get_cosine_schedule_with_warmup
 from checkpoint import load_part, save_trained_weights_alone
 from data import T2SDataset, collate_t2s, load_features
 from indextts2_hf import IndexTTS2T2SForConditionalGeneration
+from indextts2_hf.cards import write_adapter_card
 from indextts2_hf.generation_t2s import SeededSamplingLogitsProcessor
-from indextts2_hf.hub import write_adapter_card
 from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
 from train_t2s import token_accuracy

@@ -156,7 +156,7 @@ def make_voice(args: argparse.Namespace) -> None:
         pipe.model.semantic_to_mel.check_voice(voice)
         voice.save(output)
     if is_pack:
-        from .hub import write_voice_card
+        from .cards import write_voice_card
 
         write_voice_card(args.output, name=args.output.name)
     if not args.quiet:

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
 from transformers.utils import logging
 
+from .cards import write_model_card
 from .configuration_indextts2 import IndexTTS2Config, IndexTTS2T2SConfig
 from .feature_extraction_indextts2 import IndexTTS2FeatureExtractor
 from .generation_t2s import IndexTTS2GenerationConfig
-from .hub import write_model_card
 from .modeling_indextts2 import IndexTTS2ForTextToWaveform
 from .modeling_s2m import IndexTTS2SemanticToMelTransformer
 from .modeling_semantic_codec import IndexTTS2SemanticCodec
