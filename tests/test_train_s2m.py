@@ -88,6 +88,7 @@ def make_dataset(folder, **changes):
         mel_frames_per_token=FRAMES_PER_TOKEN,
         max_frames=2584,
         prompt_share=(0.1, 0.7),
+        timestep_shift=1.0,
         hidden_states_probability=0.5,
     )
     return FlowMatchingDataset(load_features(folder, "train"), **(settings | changes))
@@ -249,13 +250,23 @@ def test_how_often_and_where(tiny_features):
         assert all(("t2s" in dataset[0, draw]) == bool(probability) for draw in range(20))
 
 
+def test_times_are_shifted_to_the_noise(tiny_features):
+    plain, shifted = (make_dataset(tiny_features, timestep_shift=shift) for shift in (1.0, 4.0))
+    for draw in range(20):
+        before, after = plain[0, draw], shifted[0, draw]
+        signal, noise = after["timestep"], 1 - after["timestep"]
+        assert noise / signal == pytest.approx(4 * (1 - before["timestep"]) / before["timestep"])
+        assert torch.equal(before["noise"], after["noise"])
+        assert before["num_prompt_tokens"] == after["num_prompt_tokens"]
+
+
 def test_speech_at_another_speed_is_no_target(tiny_features):
     features = load_features(tiny_features, "train")
     from train_s2m import FlowMatchingDataset
 
     speeds = [1.1 if row % 3 else 1.0 for row in range(len(features))]
     mixed = features.remove_columns("speed").add_column("speed", speeds)
-    settings = (0, FRAMES_PER_TOKEN, 2584, (0.1, 0.7), 0.0)
+    settings = (0, FRAMES_PER_TOKEN, 2584, (0.1, 0.7), 1.0, 0.0)
     dataset = FlowMatchingDataset(mixed, *settings)
     assert dataset.targets == list(range(0, len(features), 3))
     assert FlowMatchingDataset(mixed, *settings, num_rows=2).targets == [0, dataset.targets[len(dataset) // 2]]
@@ -477,6 +488,7 @@ def test_a_clip_that_is_no_number(options, tiny_features, tmp_path):
     [
         (["--prompt_share", 0.7, 0.1], "--prompt_share is 0.7 0.1, but needs two shares"),
         (["--max_frames", 10], "--max_frames is 10, but an utterance needs a second"),
+        (["--timestep_shift", 0], "--timestep_shift is 0.0, but needs a number above 0"),
         (["--condition_dropout", 1.5], "--condition_dropout is 1.5, but a probability"),
         (["--t2s_hidden_states_probability", -1], "--t2s_hidden_states_probability is -1.0, but a probability"),
     ],
