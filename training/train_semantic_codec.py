@@ -14,8 +14,8 @@ the data again with `--model RUN` before the other parts are trained.
 2. A codec without statistics is untrained: its codebook then begins at the centres of its own encoder's latents.
 3. The loss is the codec's own: squared error of the reconstruction, 0.15 times the commitment, once the codebook term.
 4. A code that no frame has chosen for `--dead_code_steps` steps is moved onto a latent of the batch at hand.
-5. With `--ctc_weight` a linear head spells the text from the embeddings of the ids (CTC), so that a small codebook keeps what is
-   said. The head belongs to the run, not to the checkpoint.
+5. With `--ctc_weight` a small convolutional network spells the text from the embeddings of the ids (CTC), so that a small codebook keeps
+   what is said. It belongs to the run, not to the checkpoint.
 
 The best checkpoint is the one with the highest explained variance on the held-out split, less `--ctc_weight` times its CTC loss
 per label where that term is on: what the weight says a label is worth in training, it is worth in choosing.
@@ -271,6 +271,28 @@ def move_dead_codes(
 # --- spelling ------------------------------------------------------------------------------------------------------------
 
 
+class Speller(nn.Module):
+    """
+    Text ids and a blank from the embeddings of semantic ids. A piece of a word lasts several frames and one frame is little of it: each
+    is read with eight on either side.
+    """
+
+    def __init__(self, feature_size: int, num_labels: int, hidden_size: int = 256):
+        super().__init__()
+        self.input_projection = nn.Linear(feature_size, hidden_size)
+        self.convs = nn.ModuleList(nn.Conv1d(hidden_size, hidden_size, 5, padding=2) for _ in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(4))
+        self.output_projection = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, semantic_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Logits of shape `(batch_size, num_frames, num_labels)`."""
+        hidden_states = self.input_projection(semantic_embeds)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            residual = norm(hidden_states) * attention_mask[..., None]
+            hidden_states = hidden_states + F.gelu(conv(residual.transpose(1, 2)).transpose(1, 2))
+        return self.output_projection(hidden_states)
+
+
 def ctc_loss(logits: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
     """Mean over rows of each row's CTC loss per label. The blank is the last entry of `logits`."""
     losses = F.ctc_loss(
@@ -327,7 +349,7 @@ def evaluate(
             sums["squares"] += frames.square().sum(dim=0)
             sums["codes"] += output.semantic_ids[mask].bincount(minlength=size)
             if head is not None:
-                logits = run.accelerator.unwrap_model(head)(output.semantic_embeds)
+                logits = run.accelerator.unwrap_model(head)(output.semantic_embeds, batch["attention_mask"])
                 sums["ctc"] += ctc_loss(logits, batch) * count
                 sums["errors"] += num_token_errors(logits, batch)
                 sums["labels"] += batch["text_lengths"].sum()
@@ -391,7 +413,7 @@ def main() -> None:
     codebook = codec.quantizer.codebook.weight
     head = None
     if with_text:
-        head = nn.Linear(codec.config["feature_size"], t2s_config.text_vocab_size + 1)
+        head = Speller(codec.config["feature_size"], t2s_config.text_vocab_size + 1)
         parameters += head.parameters()
     # A row of the codebook learns only when it is chosen, and has to follow latents that move at every step.
     groups = [
@@ -434,7 +456,7 @@ def main() -> None:
             errors = (features - output.reconstruction).square().mean(dim=-1).masked_fill(mask == 0, 0.0)
             figures = {"squared_error_per_value": (errors.sum(dim=1) / mask.sum(dim=1)).mean()}
             if head is not None:
-                spelling_loss = ctc_loss(head(output.semantic_embeds), batch)
+                spelling_loss = ctc_loss(head(output.semantic_embeds, mask), batch)
                 loss = loss + arguments.ctc_weight * spelling_loss
                 figures["ctc_loss_per_label"] = spelling_loss
             run.check_loss(loss, batch["ids"])
