@@ -150,6 +150,19 @@ def test_the_length_is_told_in_seven_draws_of_ten(tiny_features):
     assert is_free.any() and torch.equal(batch["num_semantic_tokens"], counts.masked_fill(is_free, 0))
 
 
+def test_the_length_is_told_loosely_in_training_and_exactly_in_evaluation(options, tmp_path):
+    rows = {}
+    # Far beyond the 200 tokens for which the model has positions.
+    for jitter in (0, 1000):
+        out = tmp_path / f"jitter{jitter}"
+        options = [*options, "--max_train_steps", 1, "--free_length_probability", 0, "--length_jitter", jitter]
+        run_program("train_t2s", "--stage", 1, "--output", out, *options)
+        rows[jitter] = [read_log(out, prefix)[0] for prefix in ("eval/", "train/")]
+    assert rows[0][0]["step"] == 0 and rows[0][0] == rows[1000][0]
+    name = "train/semantic_cross_entropy_per_token"
+    assert rows[0][1]["step"] == 1 and abs(rows[0][1][name] - rows[1000][1][name]) > 1e-4
+
+
 # --- resuming, processes -------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +192,19 @@ def test_two_processes_or_two_batches_are_one_batch_twice_as_large(options, tmp_
 
 
 # --- wrong input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "jitter, message", [(-1, "-1 is not at least 0"), (0.5, "invalid non_negative_int value: '0.5'")]
+)
+def test_impossible_length_jitter(options, tmp_path, monkeypatch, capsys, jitter, message):
+    from train_t2s import parse
+
+    command = ["train_t2s.py", "--stage", 1, "--output", tmp_path / "run", *options, "--length_jitter", jitter]
+    monkeypatch.setattr(sys, "argv", [str(item) for item in command])
+    with pytest.raises(SystemExit):
+        parse()
+    assert f"argument --length_jitter: {message}" in capsys.readouterr().err
 
 
 def copy_features(source, folder, train_rows, held_out_rows, strangers=()):

@@ -419,6 +419,54 @@ def test_free_lengths(probability):
     assert share == pytest.approx(probability, abs=0.08 if 0 < probability < 1 else 0)
 
 
+def test_length_jitter_changes_the_told_count_alone():
+    options = {"seed": 0, "free_length_probability": 0.5, "with_emotion": True}
+    table = make_table(ROWS)
+    exact, jittered = T2SDataset(table, **options), T2SDataset(table, **options, length_jitter=2)
+    ours, theirs = ([dataset[6, draw] for draw in range(200)] for dataset in (jittered, exact))
+    told = {example["num_semantic_tokens"] for example in ours}
+    assert {example["num_semantic_tokens"] for example in theirs} == {9}
+    # Prompts, free lengths and labels are what they are without it.
+    batch, exact_batch = collate_t2s(ours), collate_t2s(theirs)
+    is_free = batch.pop("num_semantic_tokens") == 0
+    assert torch.equal(is_free, exact_batch.pop("num_semantic_tokens") == 0) and is_free.any() and not is_free.all()
+    assert batch.pop("ids") == exact_batch.pop("ids")
+    for name, value in batch.items():
+        assert torch.equal(value, exact_batch[name]), name
+    assert told == {7, 8, 9, 10, 11}
+
+
+def test_length_jitter_depends_on_the_draw_alone():
+    dataset = T2SDataset(make_table(ROWS), seed=0, length_jitter=2)
+    other = pickle.loads(pickle.dumps(dataset))
+    counts = [dataset[6, draw]["num_semantic_tokens"] for draw in range(40)]
+    assert [other[6, draw]["num_semantic_tokens"] for draw in reversed(range(40))] == counts[::-1]
+    assert len(set(counts)) > 1
+    reseeded = T2SDataset(make_table(ROWS), seed=1, length_jitter=2)
+    assert [reseeded[6, draw]["num_semantic_tokens"] for draw in range(40)] != counts
+
+
+def test_a_count_with_jitter_has_a_row_of_its_own():
+    """Row 0 is the free length, and the table ends at the model's largest count."""
+    dataset = T2SDataset(make_table(ROWS), seed=0, free_length_probability=0, length_jitter=5, max_semantic_tokens=10)
+    for index, told in ((0, set(range(1, 9))), (6, set(range(4, 11)))):
+        examples = [dataset[index, draw] for draw in range(200)]
+        assert {example["num_semantic_tokens"] for example in examples} == told
+        assert set(collate_t2s(examples)["num_semantic_tokens"].tolist()) == told
+
+
+def test_without_length_jitter_the_draws_are_as_ever():
+    """What these draws gave before there was a jitter."""
+    dataset = T2SDataset(make_table(ROWS), seed=0, with_emotion=True)
+    found = []
+    for draw in range(8):
+        example = dataset[0, draw]
+        found.append((int(example["speaker_features"][0, 0]), int(example["is_free"])))
+    assert found == [(4, 0), (4, 0), (2, 1), (2, 0), (3, 0), (3, 0), (3, 0), (4, 0)]
+    batch = collate_t2s([dataset[0, draw] for draw in range(8)])
+    assert batch["num_semantic_tokens"].tolist() == [0 if is_free else 3 for _, is_free in found]
+
+
 def test_held_out_clips_are_prompted_by_training_clips_too():
     held_out = [
         ("a9", "anna", "sad", 1.0),

@@ -484,12 +484,14 @@ class T2SDataset(Dataset):
 
     Args:
         features (`datasets.Dataset`): from `load_features`.
-        seed (`int`): of prompts and free lengths.
+        seed (`int`): of prompts, free lengths and jitter.
         free_length_probability (`float`, defaults to 0.3): how often the length is not told (paper, section 3.1.1).
         with_emotion (`bool`, defaults to `False`): whether there is an emotion prompt.
         prompts (`datasets.Dataset`, *optional*):
             Further clips, which are prompts alone: for held-out clips those to learn from, for a small folder holds out one or
             two of a speaker.
+        length_jitter (`int`, defaults to 0): how many tokens a told count may be off the true one, either way.
+        max_semantic_tokens (`int`, *optional*): of the model: a count with jitter is at most this, and at least 1.
 
     Raises:
         ValueError: no clip has another one of its speaker.
@@ -502,6 +504,8 @@ class T2SDataset(Dataset):
         free_length_probability: float = 0.3,
         with_emotion: bool = False,
         prompts: datasets.Dataset | None = None,
+        length_jitter: int = 0,
+        max_semantic_tokens: int | None = None,
     ):
         rows = range(len(features))
         if prompts is not None:
@@ -510,6 +514,8 @@ class T2SDataset(Dataset):
         self.seed = seed
         self.free_length_probability = free_length_probability
         self.with_emotion = with_emotion
+        self.length_jitter = length_jitter
+        self.max_semantic_tokens = max_semantic_tokens
         table = features.with_format(None).select_columns(["clip", "speaker", "emotion", "num_semantic_tokens"])
         self.clips, self.speakers, self.emotions, lengths = (list(table[name]) for name in table.column_names)
         self.speaker_names = sorted(set(self.speakers))
@@ -553,11 +559,18 @@ class T2SDataset(Dataset):
             "speaker_features": torch.as_tensor(self.features[int(rng.choice(others))]["semantic_features"]).float(),
             "speaker_number": self.speaker_numbers[self.speakers[row]],
             "is_free": rng.random() < self.free_length_probability,
+            "num_semantic_tokens": len(target["semantic_ids"]),
         }
         if self.with_emotion:
             alike = [other for other in others if self.emotions[row] and self.emotions[other] == self.emotions[row]]
             prompt = self.features[int(rng.choice(alike))] if alike else target
             example["emotion_features"] = torch.as_tensor(prompt["semantic_features"]).float()
+        if self.length_jitter:
+            # The last of the draws: the others are what they are without it.
+            jitter = int(rng.integers(-self.length_jitter, self.length_jitter, endpoint=True))
+            count = max(1, example["num_semantic_tokens"] + jitter)
+            limit = self.max_semantic_tokens
+            example["num_semantic_tokens"] = count if limit is None else min(count, limit)
         return example
 
 
@@ -568,7 +581,7 @@ def collate_t2s(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """
     input_ids = [example["input_ids"] for example in examples]
     semantic_ids = [example["semantic_ids"] for example in examples]
-    counts = [0 if example["is_free"] else len(example["semantic_ids"]) for example in examples]
+    counts = [0 if example["is_free"] else example["num_semantic_tokens"] for example in examples]
     batch = {
         "ids": [example["id"] for example in examples],
         "speaker_numbers": torch.tensor([example["speaker_number"] for example in examples]),

@@ -13,10 +13,12 @@ Trains the text-to-semantic transformer in the three stages of the paper (sectio
 from `prepare_dataset.py`. `RUN` becomes a whole checkpoint: `indextts2 speak "Hello." --model RUN`.
 
 The asked length stands in the prefix as a row of the semantic position table, and in 30 % of the draws the row is zero: the
-length is then free. The speed of target and prompt is drawn among those that were prepared.
+length is then free. The speed of target and prompt is drawn among those that were prepared. With `--length_jitter` the row told
+in training is up to so many tokens off the true count, so that neighbouring rows learn from one another; evaluation tells it exactly.
 
 The paper states AdamW, the rate 2e-4, the 30 %, and what each stage trains. Batch, steps, schedule, weight of the speaker term,
-size of the classifier, weight of the text term (0.01, `text_loss_weight` of the checkpoint) and the emotion prompt are ours.
+size of the classifier, weight of the text term (0.01, `text_loss_weight` of the checkpoint), the length jitter and the emotion
+prompt are ours.
 """
 
 import argparse
@@ -29,9 +31,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from checkpoint import load_part, write_part
 from data import T2SDataset, collate_t2s, load_features
-from indextts2_hf import IndexTTS2T2SForConditionalGeneration
+from indextts2_hf import IndexTTS2T2SConfig, IndexTTS2T2SForConditionalGeneration
 from indextts2_hf.emotion import EMOTIONS
-from run import Run, add_run_arguments, parse_arguments, run_program
+from run import Run, add_run_arguments, non_negative_int, parse_arguments, run_program
 
 
 SPEAKER_PATH = ("speaker_conformer", "speaker_perceiver")
@@ -52,6 +54,13 @@ def parse() -> argparse.Namespace:
         type=float,
         default=0.3,
         help="how often the length is not told (paper: %(default)s)",
+    )
+    parser.add_argument(
+        "--length_jitter",
+        type=non_negative_int,
+        default=0,
+        metavar="TOKENS",
+        help="how far a told length may be off the true one in training, either way (ours: %(default)s)",
     )
     parser.add_argument(
         "--speaker_loss_weight",
@@ -165,7 +174,10 @@ def main() -> None:
     # Data
     options = (arguments.seed, arguments.free_length_probability, arguments.stage > 1)
     clips, held_out = (load_features(arguments.data, split, run.base) for split in ("train", "validation"))
-    train_set = T2SDataset(clips, *options)
+    max_semantic_tokens = IndexTTS2T2SConfig.from_pretrained(run.base, subfolder="t2s").max_semantic_tokens
+    train_set = T2SDataset(
+        clips, *options, length_jitter=arguments.length_jitter, max_semantic_tokens=max_semantic_tokens
+    )
     held_out_set = T2SDataset(held_out, *options, prompts=clips)
     for split, dataset in (("training", train_set), ("held-out", held_out_set)):
         if dataset.lone_speakers:
