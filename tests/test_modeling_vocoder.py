@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -278,12 +280,15 @@ def test_gradients_reach_every_parameter_of_a_source(mel):
 def test_a_new_vocoder_with_a_source_gives_the_draft(mel):
     vocoder = tiny_vocoder(**SOURCE)
     mel -= 8  # quiet enough not to be clipped
-    draft, pitch, periodicity = vocoder.source(mel.transpose(1, 2).contiguous())
+    draft, pitch, logits, periodicity = vocoder.source(mel.transpose(1, 2).contiguous())
     output = vocoder(mel)
     assert torch.equal(output.waveform, draft) and draft.abs().max() > 1e-3
-    for found, wanted in zip(vocoder(mel, return_dict=False)[1:], (pitch, periodicity), strict=True):
+    for found, wanted in zip(vocoder(mel, return_dict=False)[1:], (pitch, logits, periodicity), strict=True):
         assert torch.equal(found, wanted)
     assert torch.equal(output.pitch, pitch) and torch.equal(output.periodicity, periodicity)
+    assert torch.equal(output.pitch_logits, logits) and logits.shape == (3, 19, 64)
+    octaves = logits.softmax(dim=-1) @ torch.linspace(0, 1, 64) * math.log2(600 / 60)
+    torch.testing.assert_close(pitch, 60 * octaves.exp2())
 
 
 def test_periodicity_is_that_of_each_band():

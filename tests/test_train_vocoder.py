@@ -1,7 +1,9 @@
 """The training of the vocoder: its examples, its discriminators and objective, and that what is saved speaks."""
 
+import argparse
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,13 +14,15 @@ import pytest
 import soundfile
 import torch
 from conftest import make_speech
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import get_cosine_schedule_with_warmup
 
 from data import Clip, EndlessBatchSampler, choose_splits, find_fault, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2TextToAudioPipeline, IndexTTS2Vocoder
 from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
 from programs import TRAINING, read_log, run_killed, run_program, run_ranks, run_to_error
 from train_vocoder import (
+    SOURCE_LEARNING_RATE,
     Discriminators,
     MelAndWaveform,
     adversarial_loss,
@@ -26,6 +30,9 @@ from train_vocoder import (
     discriminator_loss,
     estimate_pitch,
     feature_loss,
+    make_scheduler,
+    pitch_cross_entropy,
+    source_losses,
     stft_distance,
     stft_magnitude,
 )
@@ -48,6 +55,16 @@ def checkpoint(tiny_checkpoint, tmp_path_factory):
         resblock_dilations=((1, 3),),
     )
     vocoder.save_pretrained(folder / "vocoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint_with_source(checkpoint, tmp_path_factory):
+    """Shared: a test must not write into it."""
+    folder = tmp_path_factory.mktemp("source") / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    torch.manual_seed(0)
+    IndexTTS2Vocoder(**{**load_vocoder(folder).config, "use_source": True}).save_pretrained(folder / "vocoder")
     return folder
 
 
@@ -110,16 +127,9 @@ def test_a_program_of_its_own(options, checkpoint, tmp_path):
     assert rows[10:] == [first | {"discriminator_loss", "adversarial_loss", "feature_loss"}] * 2
 
 
-def test_a_source_learns_to_read_the_mel(options, checkpoint, tmp_path):
-    base, out = tmp_path / "base", tmp_path / "run"
-    shutil.copytree(checkpoint, base)
-    IndexTTS2Vocoder(**{**load_vocoder(base).config, "use_source": True}).save_pretrained(base / "vocoder")
-    run_program(
-        "train_vocoder", "--output", out, *options, "--model", base, "--max_train_steps", 30, "--learning_rate", 1e-3
-    )
-    for name in ("pitch_l1_octaves", "periodicity_l1"):
-        distances = [row[f"train/{name}"] for row in read_log(out, "train/")]
-        assert np.mean(distances[-5:]) < 0.7 * np.mean(distances[:5]), name
+def test_a_vocoder_with_a_source_learns(options, checkpoint_with_source, tmp_path):
+    base, out = checkpoint_with_source, tmp_path / "run"
+    run_program("train_vocoder", "--output", out, *options, "--model", base, "--learning_rate", 1e-3)
     pipe = IndexTTS2TextToAudioPipeline.from_pretrained(out / "last")
     assert len(pipe("Hello.", duration_s=0.4, seed=1)["audio"]) == round(0.4 * 22050)
     for name, old in load_vocoder(base).state_dict().items():
@@ -127,9 +137,122 @@ def test_a_source_learns_to_read_the_mel(options, checkpoint, tmp_path):
         assert torch.equal(load_vocoder(out / "last").state_dict()[name], old) == is_fixed, name
 
 
+def test_a_source_learns_alone_at_first(options, checkpoint_with_source, tmp_path):
+    discriminators = tmp_path / "discriminators.safetensors"
+    save_file(Discriminators(1).state_dict(), discriminators, {"discriminator_channels": "1"})
+    options += ["--model", checkpoint_with_source, "--discriminators", discriminators, "--warmup_steps", 0]
+    options += ["--source_steps", 40, "--eval_steps", 20]
+    base, before = load_vocoder(checkpoint_with_source), load_file(discriminators)
+    weights = {name for name, _ in base.named_parameters()}
+    of_source = {name for name in weights if name.startswith("source.")}
+    assert len(of_source) == 10
+    for steps, learnt in ((2, of_source), (42, weights)):
+        out = tmp_path / str(steps)
+        run_program("train_vocoder", "--output", out, *options, "--max_train_steps", steps)
+        state = load_vocoder(out / "last").state_dict()
+        assert {name for name, old in base.state_dict().items() if not torch.equal(old, state[name])} == learnt
+        after = load_file(out / "discriminators/model.safetensors")
+        assert all(torch.equal(old, after[name]) == (steps == 2) for name, old in before.items())
+
+    rows = read_log(out, "train/")
+    losses = {f"train/{name}" for name in ("pitch_cross_entropy", "pitch_l1_octaves", "periodicity_l1")}
+    first = losses | {"step", "train/loss", "train/gradient_norm", "train/learning_rate"}
+    assert all(set(row) == first for row in rows[:40])
+    assert all(set(row) > first | {"train/mel_l1_per_bin", "train/feature_loss"} for row in rows[40:])
+    for name in losses:
+        distances = [row[name] for row in rows]
+        assert np.mean(distances[35:]) < 0.75 * np.mean(distances[:5]), name
+    # A draft counts as any other vocoder.
+    evaluations = read_log(out, "eval/")
+    assert [row["step"] for row in evaluations] == [0, 20, 40, 42]
+    assert json.loads((out / "run.json").read_text())["best"] == min(row["eval/stft_distance"] for row in evaluations)
+    assert evaluations[0]["eval/stft_distance"] != evaluations[1]["eval/stft_distance"]
+
+
+def test_two_processes_share_what_the_source_learns(options, checkpoint_with_source, tmp_path):
+    options += ["--model", checkpoint_with_source, "--source_steps", 3]
+    run_ranks("train_vocoder", 2, "--output", tmp_path / "two", *options)
+    run_program("train_vocoder", "--output", tmp_path / "accumulated", *options, "--gradient_accumulation_steps", 2)
+    two, accumulated = (read_log(tmp_path / name, "train/") for name in ("two", "accumulated"))
+    assert two[:3] == [pytest.approx(row, rel=1e-4) for row in accumulated[:3]] and len(two) == 4
+    # The noise of the drafts differs, what is read does not.
+    name = "train/pitch_cross_entropy"
+    assert two[3][name] == pytest.approx(accumulated[3][name], rel=1e-4)
+
+
+def test_the_rates_of_both_phases():
+    def rates(schedule) -> list[float]:
+        values = []
+        for _ in range(20):
+            values.append(schedule.get_last_lr()[0])
+            schedule.optimizer.step()
+            schedule.step()
+        return values
+
+    def make_optimizer() -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+
+    settings = {"learning_rate": 1e-4, "warmup_steps": 3}
+    both = argparse.Namespace(**settings, source_steps=8, max_train_steps=28)
+    alone = argparse.Namespace(**settings, source_steps=0, max_train_steps=20)
+    published = rates(get_cosine_schedule_with_warmup(make_optimizer(), 3, 20))
+    assert rates(make_scheduler(make_optimizer(), alone)) == pytest.approx(published, abs=1e-12)
+    schedule = make_scheduler(make_optimizer(), both)
+    expected = [SOURCE_LEARNING_RATE * math.cos(math.pi * step / 16) ** 2 for step in range(8)] + published[:12]
+    assert rates(schedule) == pytest.approx(expected, abs=1e-12)
+
+
 def test_the_pitch_of_a_recording():
     pitch = estimate_pitch(make_speech(1.0, 22050, pitch_hz=140.0), 256, 22050)
     assert len(pitch) == 86 and pitch[10:-10].median() == pytest.approx(140, rel=0.1)
+
+
+def test_a_segment_has_the_pitch_of_the_whole_clip(tiny_recordings, extractor):
+    clips = read_manifest(tiny_recordings)[:2]
+    dataset = MelAndWaveform(clips, extractor, 0, 13, True, 60.0, with_pitch=True)
+    count = 0
+    for draw in range(20):
+        example, waveform = dataset[draw % 2, draw], dataset.read(draw % 2)
+        whole = estimate_pitch(waveform, HOP_LENGTH, 22050)
+        places = torch.from_numpy(waveform).unfold(0, 13 * HOP_LENGTH, HOP_LENGTH)
+        start = int((places - example["waveform"]).abs().sum(dim=1).argmin())
+        assert example["pitch"].shape == (13,)
+        torch.testing.assert_close(example["pitch"], whole[start : start + 13], rtol=1e-4, atol=0)
+        # At its ends the segment alone has another one.
+        count += not torch.allclose(estimate_pitch(example["waveform"].numpy(), HOP_LENGTH, 22050), example["pitch"])
+    assert count > 5
+
+
+def test_a_pitch_is_shared_out_between_its_neighbours():
+    step = math.log2(10) / 63  # octaves between two of the 64 pitches from 60 to 600 Hz
+    logits = torch.zeros(1, 4, 64)
+    logits[..., 10] = 3.0
+    pitch = 60 * 2 ** (step * torch.tensor([[10.0, 10.25, 11.0, 70.0]]))
+    likelihoods = logits[0, 0].softmax(dim=0).log()
+    right, wrong = likelihoods[10], likelihoods[11]
+    expected = [-right, -0.75 * right - 0.25 * wrong, -wrong, -wrong]
+    torch.testing.assert_close(pitch_cross_entropy(logits, pitch)[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_source_that_is_right_has_no_distance_and_silence_has_figures(checkpoint_with_source, extractor):
+    source = load_vocoder(checkpoint_with_source).source
+    waveform = torch.from_numpy(make_speech(0.5, 22050))[None, : 40 * HOP_LENGTH]
+    batch = {"waveform": waveform, "mel": log_mel(waveform), "pitch": torch.full((1, 40), 60 * 2**0.5)}
+    logits = torch.full((1, 40, 64), -100.0)
+    place = round(0.5 * 63 / math.log2(10))
+    logits[..., place] = 0.0
+    batch["pitch"] *= 2 ** (place / 63 * math.log2(10) - 0.5)
+    figures = source_losses(
+        source, batch, batch["pitch"], logits, source.measure_periodicity(waveform, batch["pitch"])
+    )
+    assert all(float(figure) == pytest.approx(0, abs=1e-2) for figure in figures.values())
+    figures = source_losses(source, batch, 2 * batch["pitch"], logits.roll(1, 2), torch.ones(1, 40, 6))
+    assert figures["pitch_l1_octaves"].item() == pytest.approx(1, rel=1e-4)
+    assert figures["pitch_cross_entropy"] > 90 and figures["periodicity_l1"] > 0.1
+
+    batch |= {"waveform": 0 * waveform, "mel": log_mel(0 * waveform)}
+    figures = source_losses(source, batch, batch["pitch"], logits, torch.ones(1, 40, 6))
+    assert all(figure.isfinite() for figure in figures.values())
 
 
 def test_the_figures_of_the_first_step_by_hand(options, checkpoint, tiny_recordings, extractor, tmp_path):
@@ -190,7 +313,10 @@ def test_the_figures_of_the_first_step_by_hand(options, checkpoint, tiny_recordi
     assert "README.md cannot be read" in said
 
 
-def test_killed_and_resumed_it_gives_the_same_numbers(options, tmp_path):
+@pytest.mark.parametrize("source_steps", [0, 4])
+def test_killed_and_resumed_it_gives_the_same_numbers(options, checkpoint_with_source, tmp_path, source_steps):
+    if source_steps:
+        options += ["--model", checkpoint_with_source, "--source_steps", source_steps]
     options += ["--save_steps", 2, "--eval_steps", 3, "--max_train_steps", 6]
     run_program("train_vocoder", "--output", tmp_path / "whole", *options)
     run_killed(
@@ -297,6 +423,10 @@ def test_faults_that_are_found_at_once(options, checkpoint, tiny_recordings, tmp
     assert "has 1 readable clips to learn from and 0 to check with; at least one of each is needed" in said
     said = run_to_error("train_vocoder", "--output", out, *options, "--segment_s", 0.05)
     assert "--segment_s 0.05 is 1024 samples, but the discriminators look at 2048 at once. Give at least 0.10." in said
+    said = run_to_error("train_vocoder", "--output", out, *options, "--source_steps", 2)
+    assert "--source_steps 2 is of a vocoder with a source, but the one of" in said and "has none" in said
+    said = run_to_error("train_vocoder", "--output", out, *options, "--source_steps", -1)
+    assert "--source_steps -1 is negative" in said
     said = run_to_error("train_vocoder", "--output", out, *options, "--conf", out / "recipe.yaml")
     assert "unrecognized arguments: --conf" in said
     other = tmp_path / "checkpoint"

@@ -69,9 +69,9 @@ RUNS = {
         ),
     ],
     "vocoder_with_source": [
-        *("--max_train_steps", 1500, "--batch_size", 4, "--learning_rate", 5e-4, "--eval_steps", 250),
-        *("--segment_s", 0.372, "--discriminator_channels", 8, "--discriminator_start_step", 300),
-        *("--discriminator_rate_factor", 2, "--max_grad_norm", 500),
+        *("--max_train_steps", 7100, "--batch_size", 4, "--learning_rate", 5e-4, "--eval_steps", 1000),
+        *("--source_steps", 6000, "--segment_s", 0.372, "--discriminator_channels", 8),
+        *("--discriminator_start_step", 6200, "--discriminator_rate_factor", 2, "--max_grad_norm", 500),
     ],
     "emotion": ["--max_train_steps", 300, "--batch_size", 16, "--learning_rate", 3e-4, "--eval_steps", 100],
     "emotion_lora": [

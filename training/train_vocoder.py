@@ -10,8 +10,8 @@ here; clips of up to half a minute serve best, for a clip is decoded whole. `RUN
 
 The objective is that of HiFi-GAN (arXiv 2010.05646) with the discriminators of BigVGAN (arXiv 2206.04658): least-squares
 adversarial losses against a multi-period and a multi-resolution discriminator, feature matching, and L1 between mels. A vocoder with
-a source is given the pitch of the recording (YIN) in training and learns to read it and the periodicity from the mel. Ours, and not in these papers:
-that; the cosine schedule; that generator and discriminators step at the same time, by one AdamW; plain convolutions in the
+a source is given the pitch of the recording (YIN) in training and learns to read it and the periodicity from the mel; in the first
+`--source_steps` these layers learn alone, which costs a hundredth. Ours, and not in these papers: that; the cosine schedule; that generator and discriminators step at the same time, by one AdamW; plain convolutions in the
 generator, whose weight norm is folded; that the best is the one with the smallest multi-resolution STFT distance.
 """
 
@@ -28,14 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import get_cosine_schedule_with_warmup
 
 from checkpoint import load_part, write_part
 from data import Clip, add_columns_argument, choose_splits, draw_generator, leave_out_faulty, read_manifest
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2Vocoder
 from indextts2_hf.feature_extraction_indextts2 import load_audio, log_mel, resample_soxr
-from indextts2_hf.modeling_vocoder import PITCH_LIMITS
+from indextts2_hf.modeling_vocoder import NUM_PITCHES, PITCH_LIMITS, HarmonicSource
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
 
 
@@ -48,6 +48,7 @@ MEL_WEIGHT = 45.0
 FEATURE_WEIGHT = 2.0
 PITCH_PERIODS = 2.5  # of the lowest pitch, which YIN looks at
 LEAK = 0.1  # of the leaky rectifiers
+SOURCE_LEARNING_RATE = 2e-3  # the highest while a source learns alone: few layers bear more than the whole network
 
 # Of a held-out clip so many seconds are vocoded.
 EVALUATION_S = 6.0
@@ -106,6 +107,12 @@ def parse() -> argparse.Namespace:
         help="the mel loss works alone before this step, which costs a fraction (default: %(default)s)",
     )
     vocoder.add_argument(
+        "--source_steps",
+        type=int,
+        default=0,
+        help="first steps, of --max_train_steps, in which a source learns alone to read the mel (default: %(default)s)",
+    )
+    vocoder.add_argument(
         "--mel_loss",
         choices=["single", "multiscale"],
         default="multiscale",
@@ -116,7 +123,10 @@ def parse() -> argparse.Namespace:
         metavar="FILE",
         help="start from these: the `discriminators/model.safetensors` of another run (default: random weights)",
     )
-    return parse_arguments(parser)
+    arguments = parse_arguments(parser)
+    if arguments.source_steps < 0:
+        parser.error(f"--source_steps {arguments.source_steps} is negative")
+    return arguments
 
 
 # --- data ----------------------------------------------------------------------------------------------------------------
@@ -187,7 +197,7 @@ class MelAndWaveform(Dataset):
         """The example of a pair (index, number of the draw)."""
         index, draw = key
         waveform = self.read(index)
-        hop_length = self.settings["hop_length"]
+        hop_length, sampling_rate = self.settings["hop_length"], self.settings["sampling_rate"]
         if self.is_random:
             waveform = np.pad(waveform, (0, max(0, self.num_frames * hop_length - len(waveform))))
         total = len(waveform) // hop_length
@@ -204,7 +214,8 @@ class MelAndWaveform(Dataset):
             "waveform": torch.from_numpy(samples),
         }
         if self.with_pitch:
-            example["pitch"] = estimate_pitch(samples, hop_length, self.settings["sampling_rate"])
+            pitch = estimate_pitch(waveform[first * hop_length : last * hop_length], hop_length, sampling_rate)
+            example["pitch"] = pitch[start - first : end - first]
         return example
 
     def read(self, index: int) -> np.ndarray:
@@ -378,9 +389,34 @@ def feature_loss(real: list[list[torch.Tensor]], generated: list[list[torch.Tens
     )
 
 
-def pitch_loss(found: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean L1 in octaves between two pitches, weighted; all of shape `(batch_size, num_mel_frames)`."""
-    return ((found.log2() - wanted.log2()).abs() * weight).sum() / weight.sum()
+def source_losses(
+    source: HarmonicSource, batch: dict[str, Any], pitch: torch.Tensor, logits: torch.Tensor, periodicity: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """
+    What a source read from the mels of a batch (`HarmonicSource.read_mel`) against the recordings: the losses `pitch_cross_entropy` and
+    `periodicity_l1`, and for people `pitch_l1_octaves`.
+    """
+    wanted = source.measure_periodicity(batch["waveform"], batch["pitch"])
+    # There is a pitch in what is loud and repeats itself.
+    weight = batch["mel"].exp().mean(dim=-1) * wanted.mean(dim=-1)
+    weight = weight / weight.sum().clamp(min=1e-12)  # which silence has not
+    return {
+        "pitch_cross_entropy": (pitch_cross_entropy(logits, batch["pitch"]) * weight).sum(),
+        "pitch_l1_octaves": ((pitch.detach().log2() - batch["pitch"].log2()).abs() * weight).sum(),
+        "periodicity_l1": F.l1_loss(periodicity, wanted),
+    }
+
+
+def pitch_cross_entropy(logits: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor:
+    """
+    Of logits `(batch_size, num_mel_frames, NUM_PITCHES)` and a pitch `(batch_size, num_mel_frames)` in Hz, which is shared out between
+    its two neighbours. The distance of the mean learns far more slowly: it cannot tell two guesses from one between them.
+    """
+    lowest, highest = PITCH_LIMITS
+    place = (NUM_PITCHES - 1) * (pitch / lowest).log2() / math.log2(highest / lowest)
+    places = torch.arange(NUM_PITCHES, device=pitch.device)
+    target = (1 - (place.clamp(0, NUM_PITCHES - 1)[..., None] - places).abs()).clamp(min=0)
+    return -(target * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
 def stft_distance(generated: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -449,6 +485,21 @@ def save_discriminators(run: Run, discriminators: nn.Module) -> None:
 # --- the program ---------------------------------------------------------------------------------------------------------
 
 
+def make_scheduler(optimizer: torch.optim.Optimizer, arguments: argparse.Namespace) -> LambdaLR:
+    """Warm-up and a cosine to zero; before them, in the steps of the source alone, a cosine from its own rate."""
+
+    def factor(step: int) -> float:
+        if step < arguments.source_steps:
+            cosine = math.cos(math.pi * step / arguments.source_steps)
+            return SOURCE_LEARNING_RATE / arguments.learning_rate * (1 + cosine) / 2
+        done, total = step - arguments.source_steps, arguments.max_train_steps - arguments.source_steps
+        if done < arguments.warmup_steps:
+            return done / arguments.warmup_steps
+        return (1 + math.cos(math.pi * (done - arguments.warmup_steps) / max(1, total - arguments.warmup_steps))) / 2
+
+    return LambdaLR(optimizer, factor)
+
+
 def main() -> None:
     arguments = parse()
     run = Run(arguments, parts=("vocoder",))
@@ -466,6 +517,12 @@ def main() -> None:
             raise ValueError(
                 f"The vocoder of {run.base} has {name} {theirs}, but its feature extractor has {ours}. Make a checkpoint whose parts agree."
             )
+
+    if arguments.source_steps and model.source is None:
+        raise ValueError(
+            f"--source_steps {arguments.source_steps} is of a vocoder with a source, but the one of {run.base} has none. Make a "
+            "checkpoint with `use_source: true` for it, or leave the option out."
+        )
 
     clips, faults = leave_out_faulty(read_manifest(arguments.data, arguments.columns, required=()))
     if faults:
@@ -515,7 +572,7 @@ def main() -> None:
         betas=(0.8, 0.99),
         weight_decay=arguments.weight_decay,
     )
-    scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.max_train_steps)
+    scheduler = make_scheduler(optimizer, arguments)
     loader = run.make_loader(dataset, collate)
     num_parameters = [sum(weight.numel() for weight in part.parameters()) for part in (model, discriminators)]
     model, discriminators, optimizer, loader, scheduler = accelerator.prepare(
@@ -534,45 +591,53 @@ def main() -> None:
         run.keep_best(evaluate(run, model, held_out), "stft_distance", {"vocoder": model})
     for batch in run.batches(loader):
         with accelerator.accumulate(model, discriminators):
-            real = batch["waveform"]
-            output = model(batch["mel"], pitch=batch.get("pitch"))
-            generated = output.waveform
-            figures = {}
+            if run.step < arguments.source_steps:
+                with accelerator.autocast():
+                    found = source.read_mel(batch["mel"].transpose(1, 2))
+                figures = source_losses(source, batch, *found)
+                loss = figures["pitch_cross_entropy"] + figures["periodicity_l1"]
+                run.check_loss(loss, batch["ids"])
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    # The wrapper of several processes, which does this, expects gradients of every weight.
+                    for weight in source.parameters():
+                        weight.grad = accelerator.reduce(weight.grad, reduction="mean")
+            else:
+                real = batch["waveform"]
+                output = model(batch["mel"], pitch=batch.get("pitch"))
+                generated = output.waveform
+                figures = {}
 
-            mel_loss = F.l1_loss(log_mel(generated, **dataset.settings), log_mel(real, **dataset.settings))
-            figures["mel_l1_per_bin"] = mel_loss
-            if arguments.mel_loss == "multiscale":
-                mel_loss = multiscale_mel_loss(generated, real, feature_extractor.sampling_rate)
-                figures["multiscale_mel_l1_per_bin"] = mel_loss
-            loss = MEL_WEIGHT * mel_loss
-            if output.pitch is not None:
-                periodicity = source.measure_periodicity(real, batch["pitch"])
-                # There is a pitch in what is loud and repeats itself.
-                weight = batch["mel"].exp().mean(dim=-1) * periodicity.mean(dim=-1)
-                figures["pitch_l1_octaves"] = pitch_loss(output.pitch, batch["pitch"], weight)
-                figures["periodicity_l1"] = F.l1_loss(output.periodicity, periodicity)
-                # No weights: these reach the layers that read the mel, and nothing else reaches those.
-                loss = loss + figures["pitch_l1_octaves"] + figures["periodicity_l1"]
-            if run.step >= arguments.discriminator_start_step:
-                # One pass, because the wrapper of several processes allows no more before `backward`.
-                outputs = discriminators(torch.cat([real, generated.detach()]))
-                real_outputs, generated_outputs = zip(
-                    *[zip(*[layer.chunk(2) for layer in layers], strict=True) for layers in outputs], strict=True
-                )
-                judges_loss = discriminator_loss(real_outputs, generated_outputs)
-                run.check_loss(judges_loss, batch["ids"], name="discriminator_loss")
-                accelerator.backward(judges_loss)
+                mel_loss = F.l1_loss(log_mel(generated, **dataset.settings), log_mel(real, **dataset.settings))
+                figures["mel_l1_per_bin"] = mel_loss
+                if arguments.mel_loss == "multiscale":
+                    mel_loss = multiscale_mel_loss(generated, real, feature_extractor.sampling_rate)
+                    figures["multiscale_mel_l1_per_bin"] = mel_loss
+                loss = MEL_WEIGHT * mel_loss
+                if output.pitch is not None:
+                    figures |= source_losses(source, batch, output.pitch, output.pitch_logits, output.periodicity)
+                    # No weights: these reach the layers that read the mel, and nothing else reaches those.
+                    loss = loss + figures["pitch_cross_entropy"] + figures["periodicity_l1"]
+                if run.step >= arguments.discriminator_start_step:
+                    # One pass, because the wrapper of several processes allows no more before `backward`.
+                    outputs = discriminators(torch.cat([real, generated.detach()]))
+                    real_outputs, generated_outputs = zip(
+                        *[zip(*[layer.chunk(2) for layer in layers], strict=True) for layers in outputs], strict=True
+                    )
+                    judges_loss = discriminator_loss(real_outputs, generated_outputs)
+                    run.check_loss(judges_loss, batch["ids"], name="discriminator_loss")
+                    accelerator.backward(judges_loss)
 
-                # The same judges for the vocoder, without the wrapper and without gradients of their own.
-                judges = accelerator.unwrap_model(discriminators).requires_grad_(False)
-                real_outputs = [[layer.detach() for layer in layers] for layers in real_outputs]
-                generated_outputs = judges(generated)
-                figures["adversarial_loss"] = adversarial_loss(generated_outputs)
-                figures["feature_loss"] = feature_loss(real_outputs, generated_outputs)
-                loss = loss + figures["adversarial_loss"] + FEATURE_WEIGHT * figures["feature_loss"]
-            run.check_loss(loss, batch["ids"])
-            accelerator.backward(loss)
-            discriminators.requires_grad_(True)
+                    # The same judges for the vocoder, without the wrapper and without gradients of their own.
+                    judges = accelerator.unwrap_model(discriminators).requires_grad_(False)
+                    real_outputs = [[layer.detach() for layer in layers] for layers in real_outputs]
+                    generated_outputs = judges(generated)
+                    figures["adversarial_loss"] = adversarial_loss(generated_outputs)
+                    figures["feature_loss"] = feature_loss(real_outputs, generated_outputs)
+                    loss = loss + figures["adversarial_loss"] + FEATURE_WEIGHT * figures["feature_loss"]
+                run.check_loss(loss, batch["ids"])
+                accelerator.backward(loss)
+                discriminators.requires_grad_(True)
             if accelerator.sync_gradients:
                 run.clip_gradients([*model.parameters(), *discriminators.parameters()])
             optimizer.step()

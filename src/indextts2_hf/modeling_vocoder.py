@@ -46,12 +46,15 @@ class IndexTTS2VocoderOutput(BaseOutput):
             Samples in [-1, 1], zero beyond a row's end.
         pitch (`torch.Tensor` of shape `(batch_size, num_mel_frames)`, *optional*):
             What a vocoder with a source reads from the mel, in Hz; anything where there is no voice.
+        pitch_logits (`torch.Tensor` of shape `(batch_size, num_mel_frames, 64)`, *optional*):
+            Of the pitches whose mean that is, evenly spaced in octaves between `PITCH_LIMITS`.
         periodicity (`torch.Tensor` of shape `(batch_size, num_mel_frames, 6)`, *optional*):
             What it reads as the share of the pulses in wide bands, 0 to 1.
     """
 
     waveform: torch.Tensor
     pitch: torch.Tensor | None = None
+    pitch_logits: torch.Tensor | None = None
     periodicity: torch.Tensor | None = None
 
 
@@ -304,17 +307,32 @@ class HarmonicSource(nn.Module):
         self.register_buffer("bands", torch.from_numpy(bands).float())
         self.register_buffer("window", window)
 
-    def read_mel(self, mel: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""`(batch_size, num_mel_bins, num_frames)` to pitch `(batch_size, num_frames)` and periodicity (`measure_periodicity`)."""
+    def read_mel(
+        self, mel: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        r"""
+        What is needed of a mel for a draft: all that has weights here.
+
+        Args:
+            mel (`torch.Tensor` of shape `(batch_size, num_mel_bins, num_frames)`): natural logarithms.
+            lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*): frames of each row.
+
+        Returns:
+            Pitch `(batch_size, num_frames)` in Hz, logits `(batch_size, num_frames, 64)` of the pitches whose mean it is, and
+            periodicity `(batch_size, num_frames, 6)` (`measure_periodicity`).
+        """
         # Neither depends on the level.
         hidden_states = (mel - mel.mean(dim=1, keepdim=True)) / LOG_MEL_SCALE
         for layer in self.layers:
             hidden_states = F.gelu(layer(zero_beyond_end(hidden_states, lengths)))
-        weights = self.pitch_projection(hidden_states).float().softmax(dim=1)
+        logits = self.pitch_projection(hidden_states).float()
         lowest, highest = PITCH_LIMITS
-        octaves = torch.linspace(0, math.log2(highest / lowest), NUM_PITCHES, device=mel.device) @ weights
+        octaves = torch.linspace(0, math.log2(highest / lowest), NUM_PITCHES, device=mel.device) @ logits.softmax(
+            dim=1
+        )
         pitch = lowest * repeat_beyond_end(octaves[:, None], lengths)[:, 0].exp2()
-        return pitch, self.periodicity_projection(hidden_states).float().sigmoid().transpose(1, 2)
+        periodicity = self.periodicity_projection(hidden_states).float().sigmoid()
+        return pitch, logits.transpose(1, 2), periodicity.transpose(1, 2)
 
     @torch.no_grad()
     def measure_periodicity(self, waveform: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor:
@@ -360,7 +378,7 @@ class HarmonicSource(nn.Module):
 
     def forward(
         self, mel: torch.Tensor, lengths: torch.Tensor | None = None, pitch: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         r"""
         Args:
             mel (`torch.Tensor` of shape `(batch_size, num_mel_bins, num_frames)`): natural logarithms.
@@ -368,16 +386,16 @@ class HarmonicSource(nn.Module):
             pitch (`torch.Tensor` of shape `(batch_size, num_frames)`, *optional*): in Hz, instead of what is read.
 
         Returns:
-            The draft `(batch_size, num_samples)`, and the pitch `(batch_size, num_frames)` and periodicity
-            `(batch_size, num_frames, 6)` that were read. They learn from recordings alone: the draft gives them no gradient.
+            The draft `(batch_size, num_samples)`, and pitch, logits and periodicity as `read_mel` gives them. They learn from
+            recordings alone: the draft gives them no gradient.
         """
-        found, periodicity = self.read_mel(mel, lengths)
+        found, logits, periodicity = self.read_mel(mel, lengths)
         pitch = (
             found.detach() if pitch is None else repeat_beyond_end(pitch[:, None], lengths)[:, 0].clamp(*PITCH_LIMITS)
         )
         with torch.autocast(mel.device.type, enabled=False):
             draft = self.draw(mel.float(), lengths, pitch, periodicity.detach())
-        return draft.to(mel.dtype), found, periodicity
+        return draft.to(mel.dtype), found, logits, periodicity
 
     def draw(
         self, mel: torch.Tensor, lengths: torch.Tensor | None, pitch: torch.Tensor, periodicity: torch.Tensor
