@@ -11,8 +11,9 @@ here; clips of up to half a minute serve best, for a clip is decoded whole. `RUN
 The objective is that of HiFi-GAN (arXiv 2010.05646) with the discriminators of BigVGAN (arXiv 2206.04658): least-squares
 adversarial losses against a multi-period and a multi-resolution discriminator, feature matching, and L1 between mels. A vocoder with
 a source is given the pitch of the recording (YIN) in training and learns to read it and the periodicity from the mel; in the first
-`--source_steps` these layers learn alone, which costs a hundredth. Ours, and not in these papers: that; the cosine schedule; that generator and discriminators step at the same time, by one AdamW; plain convolutions in the
-generator, whose weight norm is folded; that the best is the one with the smallest multi-resolution STFT distance.
+`--source_steps` the layers that read learn alone, at a small fraction of the cost of a step. Ours, and not in these papers: that;
+the cosine schedule; that generator and discriminators step at the same time, by one AdamW; plain convolutions in the generator,
+whose weight norm is folded; that the best is the one with the smallest multi-resolution STFT distance.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def parse() -> argparse.Namespace:
         "--discriminator_start_step",
         type=int,
         default=0,
-        help="the mel loss works alone before this step, which costs a fraction (default: %(default)s)",
+        help="before this step, counted from the first of all, the mel loss works alone, which costs a fraction (default: %(default)s)",
     )
     vocoder.add_argument(
         "--source_steps",

@@ -327,9 +327,8 @@ class HarmonicSource(nn.Module):
             hidden_states = F.gelu(layer(zero_beyond_end(hidden_states, lengths)))
         logits = self.pitch_projection(hidden_states).float()
         lowest, highest = PITCH_LIMITS
-        octaves = torch.linspace(0, math.log2(highest / lowest), NUM_PITCHES, device=mel.device) @ logits.softmax(
-            dim=1
-        )
+        octaves = torch.linspace(0, math.log2(highest / lowest), NUM_PITCHES, device=mel.device)
+        octaves = octaves @ logits.softmax(dim=1)
         pitch = lowest * repeat_beyond_end(octaves[:, None], lengths)[:, 0].exp2()
         periodicity = self.periodicity_projection(hidden_states).float().sigmoid()
         return pitch, logits.transpose(1, 2), periodicity.transpose(1, 2)
