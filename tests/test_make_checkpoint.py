@@ -170,6 +170,14 @@ def test_other_rates(tmp_path, monkeypatch):
     assert len(voice.prompt_mel) == pytest.approx(75, abs=1)
 
 
+def test_normalised_mels(tmp_path, monkeypatch):
+    sizes = write_sizes(tmp_path, changed("s2m", mel_mean=-5.0, mel_std=2.0))
+    model = IndexTTS2ForTextToWaveform.from_pretrained(make(sizes, tmp_path / "new", monkeypatch))
+    assert (model.s2m.config.mel_mean, model.s2m.config.mel_std) == (-5.0, 2.0)
+    # The velocity begins at the mean of speech, -6, of normalised mels.
+    assert (model.s2m.velocity_projection.bias == -0.5).all()
+
+
 def test_card(made):
     card = (made / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["indextts2", "untrained"]
@@ -432,6 +440,7 @@ def test_released_sizes():
         ("t2s", {"hidden_size": "32"}, "`t2s` cannot be used"),
         ("s2m", {"layers": 3}, "`s2m` has no setting 'layers', but num_mel_bins, hidden_size"),
         ("s2m", {"num_layers": "two"}, "`s2m` cannot be made with"),
+        ("s2m", {"mel_std": 0.0}, "`mel_std` is 0.0 but must be above 0"),
         ("vocoder", {"upsample_rates": [8, 8]}, "2 stages but `upsample_kernel_sizes` has 3"),
         ("semantic_encoder", {"layers": 3}, "`semantic_encoder` \\(wav2vec2-bert\\) has no setting 'layers'"),
         ("semantic_encoder", {"from_pretrained": "x"}, "either `model_type` .* or `from_pretrained`"),

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -347,6 +349,26 @@ def test_rejects_sizes_that_do_not_fit():
         tiny_model(hidden_size=30)
     with pytest.raises(ValueError, match="`wavenet_kernel_size` is 4 but must be odd"):
         tiny_model(wavenet_kernel_size=4)
+    for mel_std in (0, -3.0, float("nan")):
+        with pytest.raises(ValueError, match=f"`mel_std` is {mel_std} but must be above 0"):
+            tiny_model(mel_std=mel_std)
+
+
+def test_normalised_mels_are_of_the_checkpoint(tmp_path):
+    mel = 3 * torch.randn(2, 9, 6) - 5
+    model = tiny_model(mel_mean=-5.0, mel_std=3.0)
+    model.save_pretrained(tmp_path)
+    loaded = IndexTTS2SemanticToMelTransformer.from_pretrained(tmp_path)
+    assert (loaded.config.mel_mean, loaded.config.mel_std) == (-5.0, 3.0)
+    torch.testing.assert_close(loaded.normalize_mel(mel), (mel + 5) / 3)
+    torch.testing.assert_close(loaded.denormalize_mel(loaded.normalize_mel(mel)), mel)
+
+    # A folder from before there was such a thing works on log-mels as they are.
+    config = json.loads((tmp_path / "config.json").read_text())
+    old = {key: value for key, value in config.items() if key not in ("mel_mean", "mel_std")}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    loaded = IndexTTS2SemanticToMelTransformer.from_pretrained(tmp_path)
+    assert torch.equal(loaded.normalize_mel(mel), mel) and torch.equal(loaded.denormalize_mel(mel), mel)
 
 
 @pytest.mark.parametrize(

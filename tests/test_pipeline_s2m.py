@@ -107,6 +107,25 @@ def test_without_guidance_the_network_is_called_for_one_branch(semantic_to_mel, 
         hook.remove()
 
 
+@pytest.mark.parametrize("guidance_scale", [1.7, 1.0])
+def test_normalised_mels(semantic_to_mel, tiny_voice, other_voice, guidance_scale):
+    s2m = semantic_to_mel.s2m
+    other_s2m = type(s2m).from_config(s2m.config, mel_mean=-5.0, mel_std=3.0).eval()
+    other_s2m.load_state_dict(s2m.state_dict())
+    pipeline = IndexTTS2SemanticToMelPipeline(**(semantic_to_mel.components | {"s2m": other_s2m}))
+    pipeline.set_progress_bar_config(disable=True)
+    # Prompts of two lengths: what lies behind the shorter is no mel.
+    voices = [tiny_voice, other_voice]
+    other_voices = [replace(voice, prompt_mel=3 * voice.prompt_mel - 5) for voice in voices]
+    options = dict(num_inference_steps=3, guidance_scale=guidance_scale, output_type="pt")
+    options["semantic_lengths"] = torch.tensor([9, 6])
+    plain = semantic_to_mel(codes(9, 6), voices, generator=generators(0, 1), **options)
+    normalized = pipeline(codes(9, 6), other_voices, generator=generators(0, 1), **options)
+    for mel, other_mel, audio in zip(plain.mels, normalized.mels, normalized.audios, strict=True):
+        torch.testing.assert_close(other_mel, 3 * mel - 5, rtol=0, atol=1e-4)
+        torch.testing.assert_close(audio, pipeline.decode([other_mel])[0], rtol=0, atol=1e-4)
+
+
 def test_hidden_states_are_heard(semantic_to_mel, tiny_voice):
     arguments = dict(num_inference_steps=2, output_type="mel")
     ids = codes(6)

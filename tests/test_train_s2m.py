@@ -55,8 +55,8 @@ def finished(tiny_checkpoint, tiny_features, tmp_path_factory):
     return out, result.stderr
 
 
-def load_s2m(folder) -> IndexTTS2SemanticToMelTransformer:
-    return IndexTTS2SemanticToMelTransformer.from_pretrained(folder, subfolder="s2m")
+def load_s2m(folder, **changes) -> IndexTTS2SemanticToMelTransformer:
+    return IndexTTS2SemanticToMelTransformer.from_pretrained(folder, subfolder="s2m", **changes)
 
 
 def changed_weights(old, new) -> set[str]:
@@ -100,10 +100,10 @@ def make_batch(dataset, size: int = 5) -> dict:
     return collate([dataset[index, 100 + index] for index in range(size)])
 
 
-def make_model_inputs(batch, codec, t2s) -> dict:
+def make_model_inputs(batch, s2m, codec, t2s) -> dict:
     from train_s2m import make_inputs
 
-    return make_inputs(batch, codec, t2s, Accelerator(cpu=True))
+    return make_inputs(batch, s2m, codec, t2s, Accelerator(cpu=True))
 
 
 # --- the objective -------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_the_loss_by_hand(tiny_features, s2m, codec, t2s):
     batch = make_batch(make_dataset(tiny_features, condition_dropout=0.4), size=8)
     assert batch["is_unconditional"].any() and not batch["is_unconditional"].all()
     assert 0 < len(batch["t2s"]["rows"]) < 8
-    loss = UtteranceVelocity(s2m)(**make_model_inputs(batch, codec, t2s)).loss
+    loss = UtteranceVelocity(s2m)(**make_model_inputs(batch, s2m, codec, t2s)).loss
 
     losses = []
     for row in range(8):
@@ -162,9 +162,9 @@ def test_the_loss_by_hand(tiny_features, s2m, codec, t2s):
     torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 
-def test_the_velocity_to_learn_leads_from_the_noise_to_the_mel(tiny_features, codec):
+def test_the_velocity_to_learn_leads_from_the_noise_to_the_mel(tiny_features, s2m, codec):
     batch = make_batch(make_dataset(tiny_features))
-    inputs = make_model_inputs(batch, codec, None)
+    inputs = make_model_inputs(batch, s2m, codec, None)
     t, mask = batch["timestep"][:, None, None], inputs["loss_mask"][..., None]
     assert 0 < t.min() and t.max() < 1
     target = batch["mel"].masked_fill(~mask, 0.0)
@@ -180,10 +180,24 @@ def test_the_velocity_to_learn_leads_from_the_noise_to_the_mel(tiny_features, co
     assert not inputs["sample"][~inputs["loss_mask"]].any()
 
 
+def test_mels_are_normalised_and_padding_is_zero(tiny_features, tiny_checkpoint, s2m, codec):
+    normalized = load_s2m(tiny_checkpoint, mel_mean=-5.0, mel_std=3.0)
+    batch = make_batch(make_dataset(tiny_features))
+    assert batch["mel_lengths"].min() < batch["mel_lengths"].max()
+    inputs = make_model_inputs(batch, normalized, codec, None)
+    is_frame = torch.arange(batch["mel"].shape[1]) < batch["mel_lengths"][:, None]
+    mel = (batch["mel"] + 5) / 3 * is_frame[..., None]
+    # What it would be if the data had been normalised before.
+    expected = make_model_inputs(batch | {"mel": mel}, s2m, codec, None)
+    for name in ("sample", "prompt_mel", "labels"):
+        torch.testing.assert_close(inputs[name], expected[name], msg=name)
+        assert inputs[name].any() and not inputs[name][~is_frame].any(), name
+
+
 def test_rows_without_conditions_are_what_the_sampler_calls_unconditional(tiny_features, s2m, codec):
     from train_s2m import UtteranceVelocity
 
-    inputs = make_model_inputs(make_batch(make_dataset(tiny_features)), codec, None)
+    inputs = make_model_inputs(make_batch(make_dataset(tiny_features)), s2m, codec, None)
     inputs["is_unconditional"] = torch.ones(5, dtype=torch.bool)
     with torch.no_grad():
         output = UtteranceVelocity(s2m)(**inputs)
@@ -210,7 +224,7 @@ def test_gradient_reaches_every_parameter_that_is_used(
     for probability, is_used in ((1.0, True), (0.0, False)):
         batch = make_batch(make_dataset(tiny_features, hidden_states_probability=probability))
         s2m.zero_grad()
-        UtteranceVelocity(s2m)(**make_model_inputs(batch, codec, t2s)).loss.backward()
+        UtteranceVelocity(s2m)(**make_model_inputs(batch, s2m, codec, t2s)).loss.backward()
         for name, parameter in s2m.named_parameters():
             # With no states in a batch there still is a gradient, of zeros: other processes may have some.
             assert parameter.grad.any() == (is_used or not name.startswith("t2s_projection")), name
@@ -321,13 +335,15 @@ def test_long_utterances_are_cropped_tokens_and_frames_together(tiny_features, c
 # --- evaluation ----------------------------------------------------------------------------------------------------------
 
 
-def test_mels_are_generated_as_the_pipeline_does(tiny_features, tiny_checkpoint, s2m, codec, t2s):
+@pytest.mark.parametrize("mel_mean, mel_std", [(0.0, 1.0), (-5.0, 3.0)])
+def test_mels_are_generated_as_the_pipeline_does(tiny_features, tiny_checkpoint, codec, t2s, mel_mean, mel_std):
     from train_s2m import NUM_EVALUATION_STEPS, UtteranceVelocity, generate
 
+    s2m = load_s2m(tiny_checkpoint, mel_mean=mel_mean, mel_std=mel_std).eval()
     batch = make_batch(make_dataset(tiny_features, hidden_states_probability=1.0), size=3)
-    inputs = make_model_inputs(batch, codec, t2s)
+    inputs = make_model_inputs(batch, s2m, codec, t2s)
     mels = generate(UtteranceVelocity(s2m), inputs, batch["noise"])
-    pipeline = IndexTTS2SemanticToMelPipeline.from_pretrained(tiny_checkpoint)
+    pipeline = IndexTTS2SemanticToMelPipeline.from_pretrained(tiny_checkpoint, s2m=s2m)
     pipeline.set_progress_bar_config(disable=True)
     for row in range(3):
         tokens, prompt_tokens = int(batch["semantic_lengths"][row]), int(batch["num_prompt_tokens"][row])
@@ -352,8 +368,24 @@ def test_mels_are_generated_as_the_pipeline_does(tiny_features, tiny_checkpoint,
             num_inference_steps=NUM_EVALUATION_STEPS,
             output_type="mel",
         ).mels
-        torch.testing.assert_close(mels[row, prompt_frames:frames], expected, rtol=1e-4, atol=1e-4)
+        generated = mels[row, prompt_frames:frames] * mel_std + mel_mean
+        torch.testing.assert_close(generated, expected, rtol=1e-4, atol=1e-4)
         assert not mels[row, :prompt_frames].any() and not mels[row, frames:].any()
+
+
+def test_distances_are_those_of_log_mels(tiny_checkpoint, options, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    s2m = load_s2m(tiny_checkpoint, mel_mean=-3.0, mel_std=2.0)
+    for parameter in s2m.velocity_projection.parameters():
+        torch.nn.init.zeros_(parameter)
+    s2m.save_pretrained(folder / "s2m")
+    out = tmp_path / "run"
+    run_program("train_s2m", *options, "--model", folder, "--output", out, "--max_train_steps", 1)
+    # Without a velocity the noise is the mel: N(-3, 2), where the data is N(-5, 1) by its making.
+    distance = torch.distributions.Normal(2.0, 5**0.5).sample((100_000,)).abs().mean()
+    assert read_log(out, "eval/")[0]["eval/mel_l1_per_bin"] == pytest.approx(float(distance), abs=0.1)
+    assert load_s2m(out).config.mel_mean == -3.0 and load_s2m(out).config.mel_std == 2.0
 
 
 def test_learning_one_utterance(tiny_checkpoint, tiny_features, tmp_path):

@@ -298,7 +298,8 @@ def initialize(model: IndexTTS2ForTextToWaveform) -> None:
         scale = model.t2s.config.initializer_range * 2**0.5
         table.weight.copy_(scale * sinusoidal_positions(*table.weight.shape, table.weight.device))
     # Velocity is data less noise, which is the mean of the data until something is learnt.
-    nn.init.constant_(model.s2m.velocity_projection.bias, MEAN_LOG_MEL)
+    mean = model.s2m.normalize_mel(torch.tensor(MEAN_LOG_MEL))
+    nn.init.constant_(model.s2m.velocity_projection.bias, float(mean))
     # The embedding would be 1e-4 large and hardly depend on the voice: nothing restores the level that the layers lose.
     for module in model.speaker_encoder.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):

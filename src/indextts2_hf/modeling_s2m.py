@@ -332,7 +332,8 @@ class IndexTTS2SemanticToMelTransformer(ModelMixin, ConfigMixin):
 
     A pipeline calls `add_hidden_states` and `regulate_length` once per utterance to make `content_embeds`, and
     `forward` at each step of the sampler. Guidance is the caller's: the unconditional velocity is that of zeros for
-    `prompt_mel`, `content_embeds` and `speaker_embeds`.
+    `prompt_mel`, `content_embeds` and `speaker_embeds`. So are log-mels: all mels that `forward` takes are those of
+    `normalize_mel`, and what the sampler ends with goes through `denormalize_mel`.
 
     Rows of a right-padded batch give what they give alone if their lengths are passed.
 
@@ -364,9 +365,14 @@ class IndexTTS2SemanticToMelTransformer(ModelMixin, ConfigMixin):
             Inner widths of the projection from `t2s_hidden_size` to `semantic_size`.
         mel_frames_per_token (`float`, defaults to 1.72):
             Mel frames per semantic token, see `mel_lengths_for`.
+        mel_mean (`float`, defaults to 0.0):
+            What `normalize_mel` takes from a log-mel, in natural log units.
+        mel_std (`float`, defaults to 1.0):
+            By what it divides the rest; above 0. Released checkpoints work on log-mels as they are, which spread about
+            three times as widely as the noise: a network trained from nothing learns sooner on normalised ones.
 
     Raises:
-        ValueError: if heads do not fit `hidden_size` or `wavenet_kernel_size` is even.
+        ValueError: if heads do not fit `hidden_size`, `wavenet_kernel_size` is even or `mel_std` is not above 0.
     """
 
     _supports_gradient_checkpointing = True
@@ -389,6 +395,8 @@ class IndexTTS2SemanticToMelTransformer(ModelMixin, ConfigMixin):
         t2s_hidden_size: int = 1280,
         t2s_projection_sizes: tuple[int, ...] = (256, 128),
         mel_frames_per_token: float = 1.72,
+        mel_mean: float = 0.0,
+        mel_std: float = 1.0,
     ):
         super().__init__()
         if hidden_size % (2 * num_attention_heads):
@@ -400,6 +408,10 @@ class IndexTTS2SemanticToMelTransformer(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`wavenet_kernel_size` is {wavenet_kernel_size} but must be odd, so that a convolution keeps the "
                 "number of frames."
+            )
+        if not mel_std > 0:
+            raise ValueError(
+                f"`mel_std` is {mel_std} but must be above 0: log-mels are divided by it. 1.0 leaves them as they are."
             )
         self.head_dim = hidden_size // num_attention_heads
         self.gradient_checkpointing = False
@@ -428,6 +440,14 @@ class IndexTTS2SemanticToMelTransformer(ModelMixin, ConfigMixin):
         self.residual_projection = nn.Linear(hidden_size, wavenet_hidden_size)
         self.final_layer = FinalLayer(hidden_size, wavenet_hidden_size)
         self.velocity_projection = nn.Linear(wavenet_hidden_size, num_mel_bins)
+
+    def normalize_mel(self, mel: torch.FloatTensor) -> torch.FloatTensor:
+        """A log-mel as `forward` takes it, of any shape. Padding has to be zero after this, not before."""
+        return (mel - self.config.mel_mean) / self.config.mel_std
+
+    def denormalize_mel(self, mel: torch.FloatTensor) -> torch.FloatTensor:
+        """The log-mel that `normalize_mel` turns into `mel`."""
+        return mel * self.config.mel_std + self.config.mel_mean
 
     @apply_forward_hook
     def add_hidden_states(
@@ -504,11 +524,11 @@ class IndexTTS2SemanticToMelTransformer(ModelMixin, ConfigMixin):
 
         Args:
             sample (`torch.FloatTensor` of shape `(batch_size, num_mel_frames, num_mel_bins)`):
-                Mel at `timestep`, between noise and data; zero on the prompt frames.
+                Normalised mel at `timestep`, between noise and data; zero on the prompt frames.
             timestep (`torch.FloatTensor` of shape `(batch_size,)`):
                 Time of each row, 0 (noise) to 1 (data).
             prompt_mel (`torch.FloatTensor` of shape `(batch_size, num_mel_frames, num_mel_bins)`):
-                Mel of the prompt on its frames, zero behind them.
+                Normalised mel of the prompt on its frames, zero behind them.
             content_embeds (`torch.FloatTensor` of shape `(batch_size, num_mel_frames, content_size)`):
                 Content of prompt and target from `regulate_length`.
             speaker_embeds (`torch.FloatTensor` of shape `(batch_size, speaker_embed_dim)`):

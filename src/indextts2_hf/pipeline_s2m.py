@@ -597,7 +597,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             return_dict (`bool`, defaults to `True`):
                 Whether to return the output class instead of a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step with the pipeline, the step, its time and a dict with `sample`, which it may replace.
+                Called after each step with the pipeline, the step, its time and a dict with `sample` (normalised mels of
+                prompt and generated frames, zero on the prompt), which it may replace.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["sample"]`):
                 What that dict holds.
             fingerprint (`str`, *optional*):
@@ -648,7 +649,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         )
         prompt_mel = content_embeds.new_zeros((len(voices), max(lengths), self.num_mel_bins))
         for row, voice in zip(prompt_mel, voices, strict=True):
-            row[: len(voice.prompt_mel)] = voice.prompt_mel
+            row[: len(voice.prompt_mel)] = self.s2m.normalize_mel(voice.prompt_mel)
         speaker_embeds = torch.stack([voice.speaker_embeds for voice in voices])
         steps = torch.arange(max(lengths), device=device)
         is_prompt = (steps < torch.tensor(num_prompt_frames, device=device)[:, None])[..., None]
@@ -699,7 +700,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
                 progress_bar.update()
 
         mels = [
-            row[prompt : prompt + frames]
+            self.s2m.denormalize_mel(row[prompt : prompt + frames])
             for row, prompt, frames in zip(sample, num_prompt_frames, num_frames, strict=True)
         ]
         audios = None
