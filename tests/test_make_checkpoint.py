@@ -20,10 +20,11 @@ import make_checkpoint
 from indextts2_hf import (
     IndexTTS2FeatureExtractor,
     IndexTTS2ForTextToWaveform,
+    IndexTTS2SemanticToMelTransformer,
     IndexTTS2T2SConfig,
     IndexTTS2TextToAudioPipeline,
 )
-from make_checkpoint import initialize, load_tokenizer, make_model, make_noises, read_sizes
+from make_checkpoint import carry_noise, initialize, load_tokenizer, make_model, make_noises, read_sizes
 from programs import TRAINING
 
 
@@ -331,6 +332,59 @@ def test_s2m_begins_at_the_mean_of_speech(tiny, heard):
         assert output.loss < 0.7 * (mel - noise).abs().mean()
     # The time is heard.
     assert (velocities[0] - velocities[1]).abs().mean() > 0.01
+
+
+def make_s2m(width: int) -> IndexTTS2SemanticToMelTransformer:
+    torch.manual_seed(0)
+    return IndexTTS2SemanticToMelTransformer(
+        hidden_size=width,
+        num_attention_heads=4,
+        num_layers=3,
+        content_size=32,
+        semantic_size=24,
+        speaker_embed_dim=16,
+        wavenet_hidden_size=width,
+        wavenet_num_layers=3,
+        t2s_hidden_size=32,
+        t2s_projection_sizes=(16,),
+    )
+
+
+def test_the_noise_is_carried_where_there_is_room():
+    s2m = make_s2m(160)
+    torch.nn.init.constant_(s2m.velocity_projection.bias, -2.0)
+    carry_noise(s2m)
+    for time in (0.0, 0.25, 0.5):
+        sample = (1 - time) * torch.randn(4, 60, 80) + time * torch.randn(4, 60, 80)
+        with torch.no_grad():
+            velocity = s2m(
+                sample,
+                torch.full((4,), time),
+                prompt_mel=torch.randn(4, 60, 80),
+                content_embeds=torch.randn(4, 60, 32),
+                speaker_embeds=torch.randn(4, 16),
+            ).velocity
+        assert torch.stack([velocity.flatten(), -sample.flatten()]).corrcoef()[0, 1] > 0.95
+        assert velocity.mean() == pytest.approx(-2.0, abs=0.1)
+        if time == 0.0:
+            assert velocity.std() == pytest.approx(1.0, abs=0.1)
+
+    narrow, untouched = make_s2m(152), make_s2m(152)
+    carry_noise(narrow)
+    assert all(torch.equal(tensor, untouched.state_dict()[name]) for name, tensor in narrow.state_dict().items())
+
+
+def test_a_new_wide_network_carries_the_noise():
+    torch.manual_seed(0)
+    sizes = changed("s2m", hidden_size=160, wavenet_hidden_size=160, mel_mean=-6.0, mel_std=3.0)
+    model = make_model(sizes, load_tokenizer(str(BPE_MODEL)))
+    initialize(model)
+    noise = torch.randn(1, 60, 80)
+    with torch.no_grad():
+        output = model.s2m(
+            noise, torch.zeros(1), torch.zeros_like(noise), torch.randn(1, 60, 16), torch.randn(1, 16), labels=-noise
+        )
+    assert output.loss < 0.3
 
 
 def t2s_batch(model: IndexTTS2ForTextToWaveform, heard: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -71,6 +71,10 @@ FBANK_DEVIATION = 3.5
 # Noises that the networks hear when their weights are drawn.
 NUM_NOISES = 32
 NOISE_S = 2.0
+# Frames of noise that tell the scale of a new velocity.
+NUM_NOISE_FRAMES = 256
+# By how much the random weights that would drown the noise on its way are made smaller.
+CARRY_SCALE = 0.1
 # By how much the number of frames may differ from the token rate: what the ends of a clip cost.
 MAX_RATE_ERROR = 0.05
 
@@ -282,6 +286,38 @@ def make_noises(count: int, seconds: float, sampling_rate: int) -> list[np.ndarr
 
 
 @torch.no_grad()
+def carry_noise(s2m: IndexTTS2SemanticToMelTransformer) -> None:
+    """
+    Lays a way for the sample through the head, so that the velocity of a new network is about its bias less the sample.
+
+    At time 0 the sample is the noise, and the best guess that knows nothing else is the mean of the data less that noise: each
+    value of it has to come out again, through a head that random weights make forget it. Learning to carry it costs a small network
+    many steps. Here the first dimensions of each layer of the head, one for each mel bin, begin as a copy of the sample; the layer norm
+    is undone for a sample of unit noise. The way is ours, neither the paper's nor the released code's. Networks that are not
+    twice as wide as a mel in all layers of the head have no room beside it and are left as they are.
+    """
+    num_mel_bins, hidden_size = s2m.config.num_mel_bins, s2m.config.hidden_size
+    if min(hidden_size, s2m.config.wavenet_hidden_size) < 2 * num_mel_bins:
+        return
+    # The skip connection reads the sample behind the hidden states.
+    layers = [(s2m.skip_projection, hidden_size)]
+    layers += [(layer, 0) for layer in (s2m.residual_projection, s2m.final_layer.linear, s2m.velocity_projection)]
+    for layer, start in layers:
+        layer.weight[:num_mel_bins] *= CARRY_SCALE
+        layer.weight[:num_mel_bins, start : start + num_mel_bins] += torch.eye(num_mel_bins)
+    noise = torch.randn(1, NUM_NOISE_FRAMES, num_mel_bins)
+    output = s2m(
+        noise,
+        timestep=torch.zeros(1),
+        prompt_mel=torch.zeros_like(noise),
+        content_embeds=torch.zeros(1, NUM_NOISE_FRAMES, s2m.config.content_size),
+        speaker_embeds=torch.zeros(1, s2m.config.speaker_embed_dim),
+    )
+    velocity = output.velocity - s2m.velocity_projection.bias
+    s2m.velocity_projection.weight /= -(velocity * noise).mean() / noise.square().mean()
+
+
+@torch.no_grad()
 def initialize(model: IndexTTS2ForTextToWaveform) -> None:
     """
     Redraws what would hinder training if it stayed as the libraries make it, with noises where activations are to be known.
@@ -300,6 +336,7 @@ def initialize(model: IndexTTS2ForTextToWaveform) -> None:
     # Velocity is data less noise, which is the mean of the data until something is learnt.
     mean = model.s2m.normalize_mel(torch.tensor(MEAN_LOG_MEL))
     nn.init.constant_(model.s2m.velocity_projection.bias, float(mean))
+    carry_noise(model.s2m)
     # The embedding would be 1e-4 large and hardly depend on the voice: nothing restores the level that the layers lose.
     for module in model.speaker_encoder.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
