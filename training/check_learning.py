@@ -282,7 +282,7 @@ def check_s2m(work: Path) -> dict[str, Any]:
 
 def griffin_lim(mel: torch.Tensor, extractor: Any) -> np.ndarray:
     """Waveform of `(num_frames, num_mel_bins)` by Griffin and Lim's algorithm, over the pseudo-inverse of the mel filters."""
-    n_fft, hop_length = extractor.n_fft, extractor.hop_length
+    n_fft, hop_length, win_length = extractor.n_fft, extractor.hop_length, extractor.win_length
     filters = mel_filter_bank(
         num_frequency_bins=n_fft // 2 + 1,
         num_mel_filters=extractor.num_mel_bins,
@@ -293,13 +293,13 @@ def griffin_lim(mel: torch.Tensor, extractor: Any) -> np.ndarray:
         mel_scale="slaney",
     )
     magnitude = (torch.from_numpy(np.linalg.pinv(filters.T)).float() @ mel.exp().T).clamp(min=0)
-    window = torch.hann_window(extractor.win_length)
+    window = torch.hann_window(win_length)
     generator = torch.Generator().manual_seed(0)
     phase = torch.polar(torch.ones_like(magnitude), 2 * torch.pi * torch.rand(magnitude.shape, generator=generator))
     length = mel.shape[0] * hop_length
     for _ in range(GRIFFIN_LIM_ROUNDS):
-        waveform = torch.istft(magnitude * phase, n_fft, hop_length, window=window, length=length)
-        spectrum = torch.stft(waveform, n_fft, hop_length, window=window, return_complex=True)[:, : magnitude.shape[1]]
+        waveform = torch.istft(magnitude * phase, n_fft, hop_length, win_length, window, length=length)
+        spectrum = torch.stft(waveform, n_fft, hop_length, win_length, window, return_complex=True)[:, : magnitude.shape[1]]
         phase = spectrum / spectrum.abs().clamp(min=1e-8)
     return waveform.numpy()
 
