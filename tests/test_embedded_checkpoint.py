@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from indextts2_hf import IndexTTS2TextToAudioPipeline, embedded_checkpoint
+from indextts2_hf import EMOTIONS, IndexTTS2TextToAudioPipeline, embedded_checkpoint
 from indextts2_hf.cli import is_untrained, read_card
 
 
@@ -96,6 +96,23 @@ def test_every_voice_speaks(name, pipe):
     assert np.isfinite(audio).all() and np.abs(audio).max() <= 1.0
     # Sound in every quarter of a second.
     assert min(part.std() for part in np.array_split(audio, 5)) > 0.001
+
+
+@pytest.mark.parametrize("name", EMOTIONS)
+def test_every_emotion_has_prototypes(name, pipe):
+    prototypes = pipe.model.t2s.emotion_prototypes
+    end = sum(prototypes.counts[: EMOTIONS.index(name) + 1])
+    rows = slice(end - prototypes.counts[EMOTIONS.index(name)], end)
+    assert prototypes.emotion_embeds[rows].any(dim=1).all() and prototypes.speaker_embeds[rows].any(dim=1).all()
+
+
+def test_emotion_weights_are_heard(pipe):
+    settings = {"num_semantic_tokens": 20, "seed": 1, "num_inference_steps": 2}
+    plain, happy, sad = (
+        pipe("Hello there.", **weights, **settings)["audio"]
+        for weights in ({}, {"emotion_weights": {"happy": 0.9}}, {"emotion_weights": {"sad": 0.9}})
+    )
+    assert not np.array_equal(plain, happy) and not np.array_equal(happy, sad)
 
 
 def test_the_default_voice_is_one_of_them(pipe):
