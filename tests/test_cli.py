@@ -1,4 +1,7 @@
-"""The command line: a few real processes, otherwise `main` in this one, over the embedded checkpoint."""
+"""
+The command line: a few real processes, otherwise `main` in this one, over the embedded checkpoint, or over the tiny random one where
+a test needs Chinese or known figures.
+"""
 
 import io
 import json
@@ -17,10 +20,25 @@ import torch
 from conftest import SAMPLING_RATE, make_speech
 
 import indextts2_cli
-from indextts2_hf import VoicePrompt, cli, embedded_checkpoint
+from indextts2_hf import (
+    IndexTTS2Config,
+    IndexTTS2FeatureExtractor,
+    IndexTTS2GenerationConfig,
+    IndexTTS2T2SConfig,
+    VoicePrompt,
+    cli,
+    embedded_checkpoint,
+)
 
 
 HELLO = "Hello, world."
+
+# What speaks where no other checkpoint is named.
+EMBEDDED = IndexTTS2Config.from_pretrained(embedded_checkpoint())
+EMBEDDED_T2S = IndexTTS2T2SConfig.from_pretrained(embedded_checkpoint(), subfolder="t2s")
+EMBEDDED_VOICES = sorted(path.stem for path in (embedded_checkpoint() / "voices").iterdir())
+MOST_TOKENS = EMBEDDED_T2S.max_semantic_tokens
+MOST_SECONDS = MOST_TOKENS / EMBEDDED_T2S.semantic_token_rate
 
 
 def run_process(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
@@ -77,6 +95,11 @@ def recordings(tmp_path_factory) -> Path:
     return folder
 
 
+def warnings_of(result: SimpleNamespace) -> list[str]:
+    """The lines of standard error, without the one that an untrained checkpoint is told by."""
+    return [line for line in result.errors if "untrained" not in line]
+
+
 def assert_refused(result: SimpleNamespace, match: str, left: list[str] | None = None) -> None:
     assert result.code == 2, result.errors
     assert result.output == ""
@@ -97,12 +120,14 @@ class TestProcess:
         assert min(seconds) < 1.0
         assert all(command in result.stdout for command in ("speak", "voice", "convert", "info", "push"))
 
-    def test_speak_from_standard_input(self, tmp_path):
-        result = run_process("speak", "-", "--json", "--duration-s", "1", input="你好，世界。", cwd=tmp_path)
+    def test_speak_from_standard_input(self, tmp_path, tiny_checkpoint):
+        options = ["--json", "--duration-s", "1", "--model", tiny_checkpoint]
+        result = run_process("speak", "-", *options, input="你好，世界。", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         described = json.loads(result.stdout)
         assert described["num_samples"] == SAMPLING_RATE == len(soundfile.read(tmp_path / "out.wav")[0])
-        assert result.stderr.splitlines() == ["indextts2: warning: the embedded model is untrained: it makes noise"]
+        assert [segment["text"] for segment in described["segments"]] == ["你好,世界."]
+        assert result.stderr == ""
 
     def test_bad_input(self, tmp_path):
         (tmp_path / "text.wav").write_text("This is no audio file. " * 100)
@@ -183,11 +208,20 @@ class TestSpeak:
         assert result.code == 0, result.errors
         assert result.output.startswith("out.wav: 1.23 s of speech in ")
         assert "62 semantic tokens, 1 segment, seed 5" in result.output
-        assert result.errors == ["indextts2: warning: the embedded model is untrained: it makes noise"]
+        assert warnings_of(result) == []
         assert os.listdir() == ["out.wav"]
         file = soundfile.info("out.wav")
-        assert (file.frames, file.samplerate, file.channels) == (round(1.2345 * SAMPLING_RATE), SAMPLING_RATE, 1)
+        rate = EMBEDDED.sampling_rate
+        assert (file.frames, file.samplerate, file.channels) == (round(1.2345 * rate), rate, 1)
         assert (file.format, file.subtype) == ("WAV", "PCM_16")
+
+    @pytest.mark.parametrize("is_untrained", [True, False])
+    def test_untrained_is_told(self, run, tiny_checkpoint, is_untrained):
+        shutil.copytree(tiny_checkpoint, "model")
+        Path("model/README.md").write_text(f"---\ntags:\n- {'untrained' if is_untrained else 'tiny'}\n---\n")
+        result = run("speak", HELLO, "--model", "model", "--num-semantic-tokens", "9")
+        assert result.code == 0
+        assert result.errors == ["indextts2: warning: the model model is untrained: it makes noise"] * is_untrained
 
     def test_quiet(self, run):
         result = run("speak", HELLO, "--duration-s", "1", "--quiet", "-o", "quiet.flac")
@@ -196,7 +230,7 @@ class TestSpeak:
 
     def test_json(self, run):
         text = "One sentence is here. Another one is there."
-        result = run("speak", text, "--json", "--max-text-tokens", "8", "--num-semantic-tokens", "70", "--seed", "3")
+        result = run("speak", text, "--json", "--max-text-tokens", "10", "--num-semantic-tokens", "70", "--seed", "3")
         described = json.loads(result.output)
         assert set(described) == {
             "output",
@@ -212,14 +246,14 @@ class TestSpeak:
         }
         assert described["output"] == "out.wav" and described["model"] == "embedded" and described["seed"] == 3
         samples, sampling_rate = soundfile.read("out.wav", dtype="int16")
-        assert sampling_rate == described["sampling_rate"] == SAMPLING_RATE
+        assert sampling_rate == described["sampling_rate"] == EMBEDDED.sampling_rate
         assert len(samples) == described["num_samples"]
-        assert described["duration_s"] == pytest.approx(len(samples) / SAMPLING_RATE)
+        assert described["duration_s"] == pytest.approx(len(samples) / sampling_rate)
         segments = described["segments"]
         assert len(segments) > 1
         assert " ".join(segment["text"] for segment in segments).split() == text.upper().split()
         assert sum(segment["num_semantic_tokens"] for segment in segments) == described["num_semantic_tokens"] == 70
-        pause = int(0.2 * SAMPLING_RATE)
+        pause = int(0.2 * sampling_rate)
         assert sum(segment["num_samples"] for segment in segments) + pause * (len(segments) - 1) == len(samples)
         first = segments[0]["num_samples"]
         assert not samples[first : first + pause].any()
@@ -261,15 +295,18 @@ class TestSpeak:
         assert len(seeds) == 2
 
     def test_free_length(self, run):
-        result = run("speak", HELLO, "--json")
-        assert 0.02 < json.loads(result.output)["duration_s"] < 4.0
-        samples = soundfile.read("out.wav")[0]
-        assert 0.01 < np.abs(samples).max() < 0.5
+        result = run("speak", HELLO, "--json", "--seed", "1", "--num-inference-steps", "4")
+        described = json.loads(result.output)
+        limit = IndexTTS2GenerationConfig.from_pretrained(embedded_checkpoint()).max_new_tokens
+        assert 1 < described["num_semantic_tokens"] <= limit
+        length_s = described["num_semantic_tokens"] / EMBEDDED_T2S.semantic_token_rate
+        assert described["duration_s"] == pytest.approx(length_s, abs=0.05)
+        assert np.abs(soundfile.read("out.wav")[0]).max() > 0.01
 
     @pytest.mark.parametrize("text", ["Hello there, it's 5 km.", "今天天气很好。", "Hello, 世界！"])
-    def test_text_from_file_and_stdin(self, run, text):
+    def test_text_from_file_and_stdin(self, run, tiny_checkpoint, text):
         Path("text.txt").write_text(f"\ufeff{text}\n", encoding="utf-8")
-        options = ["-q", "--seed", "1", "--num-semantic-tokens", "30"]
+        options = ["-q", "--seed", "1", "--num-semantic-tokens", "30", "--model", tiny_checkpoint]
         assert run("speak", text, *options, "-o", "argument.wav").code == 0
         assert run("speak", "--text-file", "text.txt", *options, "-o", "file.wav").code == 0
         assert run("speak", "-", *options, "-o", "dash.wav", stdin=text).code == 0
@@ -309,13 +346,14 @@ class TestSpeak:
     def test_kinds_of_recordings(self, run, recordings, name):
         result = run("speak", HELLO, "--voice", recordings / name, "--num-semantic-tokens", "25")
         assert result.code == 0, result.errors
-        warned = [line for line in result.errors if "untrained" not in line]
         # Only a recording of which not all is used is worth a word.
+        warned = warnings_of(result)
         assert len(warned) == (name == "10min.wav"), warned
-        assert all("is 600.0 s long: the first 15 s are used" in line for line in warned)
+        most_s = IndexTTS2FeatureExtractor.from_pretrained(embedded_checkpoint()).max_audio_s
+        assert all(f"is 600.0 s long: the first {most_s:g} s are used" in line for line in warned)
 
     def test_voice_by_name(self, run):
-        for name, voice in (("default", []), ("named", ["--voice", "buzz"])):
+        for name, voice in (("default", []), ("named", ["--voice", EMBEDDED.default_voice])):
             run("speak", HELLO, "-q", "--seed", "1", "--num-semantic-tokens", "25", "-o", f"{name}.wav", *voice)
         assert Path("default.wav").read_bytes() == Path("named.wav").read_bytes()
 
@@ -354,7 +392,7 @@ class TestSpeak:
         [
             ([""], "The text is empty: there is nothing to speak"),
             ([" \n\t "], "The text is blank: there is nothing to speak"),
-            ([HELLO, "--voice", "nobody"], "no voice named 'nobody', but ['buzz']"),
+            ([HELLO, "--voice", "nobody"], f"no voice named 'nobody', but {EMBEDDED_VOICES}"),
             ([HELLO, "--voice", "missing.wav"], "There is no audio file 'missing.wav'"),
             ([HELLO, "--voice", "missing.safetensors"], "There is no voice file 'missing.safetensors'"),
             ([HELLO, "--voice", "."], "is no voice pack: it has no voice.safetensors"),
@@ -364,10 +402,16 @@ class TestSpeak:
             ([HELLO, "--emotion-weights", "sad=2.0"], "is 2.0 but must be finite and from 0 to 1.2"),
             ([HELLO, "--emotion-weights", "bored=0.2"], "names 'bored', which is none of the eight emotions"),
             ([HELLO, "--emotion-text", "so happy"], "There is no emotion language model"),
-            ([HELLO, "--duration-s", "3000"], "`duration_s` is 3000.0 but this checkpoint speaks at most 12.0 s"),
+            (
+                [HELLO, "--duration-s", "3000"],
+                f"`duration_s` is 3000.0 but this checkpoint speaks at most {MOST_SECONDS:.1f} s",
+            ),
             ([HELLO, "--duration-s", "0.01"], "needs at least"),
-            ([HELLO, "--num-semantic-tokens", "601"], "positions for at most 600"),
-            (["word " * 300, "--max-text-tokens", "400"], "tokens but this checkpoint has positions for 200"),
+            ([HELLO, "--num-semantic-tokens", MOST_TOKENS + 1], f"positions for at most {MOST_TOKENS}"),
+            (
+                ["a " * 300, "--max-text-tokens", "400"],
+                f"tokens but this checkpoint has positions for {EMBEDDED_T2S.max_text_tokens}",
+            ),
             ([HELLO, "--device", "toaster"], "The device 'toaster' cannot be used"),
             ([HELLO, "--model", "nobody/nothing"], "no such repository could be had from the Hub"),
             ([HELLO, "--model", "."], "is no IndexTTS2 checkpoint: it has no config.json"),
@@ -409,7 +453,7 @@ class TestSpeak:
         assert_refused(result, "This voice was made with the checkpoint", left=["other.safetensors"])
 
     def test_damaged_voice(self, run):
-        shutil.copy(embedded_checkpoint() / "voices" / "buzz.safetensors", "cut.safetensors")
+        shutil.copy(embedded_checkpoint() / "voices" / f"{EMBEDDED.default_voice}.safetensors", "cut.safetensors")
         os.truncate("cut.safetensors", 5000)
         result = run("speak", HELLO, "--voice", "cut.safetensors")
         assert_refused(result, "is not a readable safetensors file", left=["cut.safetensors"])
@@ -548,19 +592,30 @@ class TestPush:
 
 
 class TestInfo:
-    def test_text(self, run):
-        result = run("info")
+    def test_text(self, run, tiny_checkpoint):
+        shutil.copytree(tiny_checkpoint, "model")
+        card = "---\nlicense: apache-2.0\nlanguage:\n- en\n- zh\ntags:\n- untrained\n---\n"
+        Path("model/README.md").write_text(card)
+        result = run("info", "model")
         assert (result.code, result.errors) == (0, [])
         for expected in (
             "IndexTTS2T2SForConditionalGeneration",
             "22050 Hz",
-            "12.0 s (600 semantic tokens)",
-            "buzz (2.0 s, default)",
+            "4.0 s (200 semantic tokens)",
+            "buzz (1.2 s, default)",
             "en, zh",
             "apache-2.0",
             "untrained",
         ):
             assert expected in result.output
+
+    def test_of_the_embedded_checkpoint(self, run):
+        described = json.loads(run("info", "--json").output)
+        assert described["rates"]["sampling_rate"] == EMBEDDED.sampling_rate
+        assert described["limits"]["segment_s"] == MOST_SECONDS
+        assert list(described["voices"]) == EMBEDDED_VOICES
+        assert [name for name, voice in described["voices"].items() if voice["is_default"]] == [EMBEDDED.default_voice]
+        assert described["licence"] == "apache-2.0" and "en" in described["languages"]
 
     def test_json_counts_what_is_loaded(self, run, tiny_checkpoint, tiny_model):
         described = json.loads(run("info", tiny_checkpoint, "--json").output)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import ASSETS, make_speech
+from conftest import ASSETS, SAMPLING_RATE, make_speech
 from datasets import Audio, Dataset
 from parity import write_original_checkpoint
 from sentencepiece import SentencePieceTrainer
@@ -44,7 +44,7 @@ def workshop(tmp_path, monkeypatch, tiny_recordings) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "checkpoint").symlink_to(embedded_checkpoint())
     shutil.copytree(tiny_recordings, tmp_path / "recordings")
-    soundfile.write(tmp_path / "reference.wav", make_speech(1.5), 22050)
+    soundfile.write(tmp_path / "reference.wav", make_speech(1.5), SAMPLING_RATE)
     prompt = "recordings/speaker0-0.wav"
     (tmp_path / "meta.lst").write_text(f"one|Hello.|{prompt}|Good day.\ntwo|Hello.|{prompt}|See you.\n")
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from conftest import SAMPLING_RATE, make_speech
 from test_train_emotion_text import build_emotion_text
 
 import indextts2_cli
+from indextts2_hf import IndexTTS2Config, embedded_checkpoint
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -37,7 +38,9 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
         else:
             assert not remark
         exec(compiled, namespace)
-    assert soundfile.info("out.wav").frames == round(3.2 * SAMPLING_RATE)
+    info = soundfile.info("out.wav")
+    assert info.samplerate == IndexTTS2Config.from_pretrained(embedded_checkpoint()).sampling_rate
+    assert info.frames == round(3.2 * info.samplerate)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

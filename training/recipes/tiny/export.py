@@ -4,7 +4,7 @@ Makes the checkpoint that is shipped: weights in half precision, voices, referen
     python training/recipes/tiny/export.py RUN REFERENCES OUTPUT --default_voice heart --evaluation table.md
 
 `RUN` is the folder of the last training. `REFERENCES` is an audio folder: each recording becomes the voice of its name, as the
-weights in half precision hear it; those whose column `shipped` is `yes` are put beside the voices as they are. `OUTPUT` is
+weights in half precision hear it; those whose column `shipped` is `yes` are put into `references/` as they are. `OUTPUT` is
 written anew. T2S is loaded in float32 whatever the precision of its file, as everything else is.
 """
 
@@ -70,7 +70,7 @@ def main() -> None:
     for reference in references:
         path = arguments.references / reference["file_name"]
         model.encode_voice(path).save(folder / "voices" / f"{path.stem}.safetensors")
-        if reference["shipped"] == "yes":
+        if reference.get("shipped") == "yes":
             (folder / "references").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "references" / path.name)
     config = IndexTTS2Config.from_pretrained(folder)

@@ -9,7 +9,7 @@ larger `--num_sentences` adds clips and changes none, and what is there already 
 
     python training/recipes/tiny/make_speech.py --references OUTPUT
 
-makes one recording of each voice that is shipped instead, from which its voice file is made.
+makes one recording of each voice that is shipped instead, from which its voice file is made; some are shipped themselves (`export.py`).
 
 hibari gives the parts of which it makes a waveform, so its pitch, formants, tilt and breath can be changed before; and it rounds a
 duration for each phoneme, so the alignment is exact. Needs hibari-tts, onnx, onnxruntime, soundfile, soxr and tqdm.
@@ -74,7 +74,7 @@ class Manner:
     breath_db: float = 0.0
 
 
-# The five that are shipped.
+# The five that are shipped, three of them with their recording.
 VOICES = {
     "heart": Voice(0.2),
     "low": Voice(0.12, pitch=0.75, formants=0.93),
@@ -92,6 +92,7 @@ for number in range(NUM_OTHER_VOICES):
         formants=0.86
         * (1.16 / 0.86) ** ((0.3 * number + 0.7 * (7 * number % NUM_OTHER_VOICES)) / (NUM_OTHER_VOICES - 1)),
     )
+SHIPPED_RECORDINGS = ("heart", "low", "bright")
 # In the directions that are known of acted speech (Scherer 2003, table 5: pitch, range, rate, level, high frequencies).
 MANNERS = {
     "happy": Manner(1.18, 1.4, 1.08, 1.5, 1.0),
@@ -252,7 +253,9 @@ def make_references(folder: Path) -> None:
     with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["file_name", "text", "speaker", "shipped"])
-        table.writerows([[f"{name}.flac", REFERENCE_TEXT, name, "no"] for name in names])
+        table.writerows(
+            [f"{name}.flac", REFERENCE_TEXT, name, "yes" if name in SHIPPED_RECORDINGS else "no"] for name in names
+        )
 
 
 def main() -> None:
