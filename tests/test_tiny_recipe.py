@@ -75,6 +75,34 @@ def test_voices_and_manners_are_drawn_as_wanted():
     assert set(make_speech.SHIPPED_RECORDINGS) <= make_speech.VOICES.keys()
 
 
+def test_phones_take_the_time_of_their_marks():
+    make_speech = load("make_speech")
+    phones, ends = make_speech.align(list("ˈɛv hˈY."), np.array([14, 2, 2, 1, 2, 2, 2, 4, 13, 6]))
+    assert phones == ["_", "ɛ", "v", "h", "Y", "_", "_"]
+    assert ends == [14.0, 18.0, 20.0, 23.0, 29.0, 42.0, 48.0]
+    # From three frames before the first sound to four behind the last.
+    assert make_speech.spoken(phones, ends) == (11, 33)
+    assert make_speech.align(list("ɑːt"), np.array([1, 2, 3, 4, 1])) == (["_", "ɑ", "t", "_"], [1.0, 6.0, 10.0, 11.0])
+
+
+def test_manifests_are_joined(monkeypatch, tmp_path):
+    for name, rows in {
+        "speech": [["a.flac", "One.", "heart", "happy", "en", ""], ["b.flac", "Two.", "heart", "sad", "en", ""]],
+        "real/train": [["c.flac", "Three.", "ls1", "neutral", "en", "9"], ["d.flac", "x", "y", "z", "de", "1"]],
+        "real/validation": [["e.flac", "Five.", "ls2", "neutral", "en", "1"]],
+    }.items():
+        (tmp_path / name).mkdir(parents=True)
+        with open(tmp_path / name / "metadata.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file_name", "text", "speaker", "emotion", "language", "duration_s"])
+            table.writerows(rows)
+    out = tmp_path / "data.csv"
+    run("join_data", monkeypatch, tmp_path / "speech", tmp_path / "real", out, "--per_speaker", 1)
+    rows = list(csv.DictReader(out.open()))
+    assert [row["text"] for row in rows] == ["One.", "Three."]
+    assert [Path(row["file_name"]) for row in rows] == [tmp_path / "speech/a.flac", tmp_path / "real/train/c.flac"]
+
+
 def test_pitch_is_moved_and_stretched_around_its_mean():
     pitch = np.array([0.0, 100.0, 200.0, 400.0, 0.0], np.float32)
     changed = load("make_speech").change_pitch(pitch, factor=0.5, pitch_range=0.5)
@@ -108,6 +136,7 @@ def test_export(monkeypatch, tiny_checkpoint, tiny_recordings, tmp_path):
     assert sorted(path.name for path in (out / "voices").iterdir()) == ["voice0.safetensors", "voice1.safetensors"]
     assert [path.name for path in (out / "references").iterdir()] == ["voice1.wav"]
     assert "| a table |" in (out / "README.md").read_text()
+    assert not [path for path in out.rglob("*.json") if "_name_or_path" in path.read_text()]
     for path in out.glob("*/*model.safetensors"):
         assert {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()} == {torch.float16}
     pipe = IndexTTS2TextToAudioPipeline.from_pretrained(out)

@@ -299,7 +299,9 @@ def griffin_lim(mel: torch.Tensor, extractor: Any) -> np.ndarray:
     length = mel.shape[0] * hop_length
     for _ in range(GRIFFIN_LIM_ROUNDS):
         waveform = torch.istft(magnitude * phase, n_fft, hop_length, win_length, window, length=length)
-        spectrum = torch.stft(waveform, n_fft, hop_length, win_length, window, return_complex=True)[:, : magnitude.shape[1]]
+        spectrum = torch.stft(waveform, n_fft, hop_length, win_length, window, return_complex=True)[
+            :, : magnitude.shape[1]
+        ]
         phase = spectrum / spectrum.abs().clamp(min=1e-8)
     return waveform.numpy()
 

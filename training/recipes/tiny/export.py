@@ -10,6 +10,7 @@ written anew. T2S is loaded in float32 whatever the precision of its file, as ev
 
 import argparse
 import csv
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from indextts2_hf import IndexTTS2Config, IndexTTS2ForTextToWaveform
+from indextts2_hf.hub import PRIVATE_SETTINGS
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -76,6 +78,10 @@ def main() -> None:
     config = IndexTTS2Config.from_pretrained(folder)
     config.default_voice = arguments.default_voice
     config.save_pretrained(folder)
+    for path in folder.rglob("config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = {key: value for key, value in settings.items() if key not in PRIVATE_SETTINGS}
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     table = arguments.evaluation.read_text(encoding="utf-8") if arguments.evaluation else "Not evaluated yet."
     card = (HERE / "card.md").read_text(encoding="utf-8").replace("<!-- evaluation -->", table.strip())

@@ -36,6 +36,7 @@ def main() -> None:
         if row["language"] == "en" and float(row["duration_s"]) <= MOST_S:
             rows.append(row)
     counts: Counter[str] = Counter()
+    num_written = 0
     with open(arguments.output, "w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         table.writeheader()
@@ -43,7 +44,8 @@ def main() -> None:
             counts[row["speaker"]] += 1
             if arguments.per_speaker is None or counts[row["speaker"]] <= arguments.per_speaker:
                 table.writerow(row)
-    print(f"{arguments.output}: {len(rows)} clips of {len(counts)} speakers")
+                num_written += 1
+    print(f"{arguments.output}: {num_written} clips of {len(counts)} speakers")
 
 
 if __name__ == "__main__":
