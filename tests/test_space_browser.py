@@ -254,6 +254,7 @@ def test_all_controls_have_names(visit):
     page.get_by_label("a recording", exact=True).check()
     page.get_by_label("seconds", exact=True).check()
     page.get_by_label("range slider for Temperature").wait_for()
+    page.get_by_label("Seconds", exact=True).first.wait_for()  # the server sends it
     controls = page.evaluate(CONTROLS)
     assert len(controls) > 40
     assert not [control for control, name in controls if not name.strip()]
