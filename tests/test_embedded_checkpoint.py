@@ -20,6 +20,8 @@ FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
 PARTS = ("t2s", "s2m", "semantic_encoder", "semantic_codec", "speaker_encoder", "vocoder")
 VOICES = sorted(path.stem for path in (FOLDER / "voices").iterdir())
 REFERENCES = sorted((FOLDER / "references").glob("*"))
+# Of what it learnt from.
+SOURCES = ("WordNet 3.0", "hibari-tts", "LibriSpeech", "VCTK", "LJ Speech", "Nabu Casa", "Picovoice")
 CARD = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 trained = pytest.mark.skipif(is_untrained(read_card(FOLDER)), reason="the embedded checkpoint is untrained")
@@ -128,11 +130,11 @@ def test_the_card():
 @trained
 def test_the_card_tells_figures_and_sources():
     evaluation = re.search(r"\n## Evaluation\n(.*?)\n## ", CARD, flags=re.DOTALL)[1]
-    header, line, *rows = [row for row in evaluation.splitlines() if row.startswith("|")]
-    assert set(line) <= set("|-: ") and any(re.search(r"\d", row) for row in rows)
-    assert len({row.count("|") for row in (header, line, *rows)}) == 1
+    assert re.search(r"^\|.*\|\n\|[-:| ]+\|\n(\|.*\|\n)*\|.*\d.*\|$", evaluation, flags=re.MULTILINE), (
+        "no table of figures"
+    )
     assert "<!--" not in CARD
-    for source in ("WordNet 3.0", "hibari-tts", "LibriSpeech", "VCTK", "LJ Speech", "Nabu Casa", "Picovoice"):
+    for source in SOURCES:
         assert re.search(rf"\n\|[^\n]*{source}[^\n]*\|", CARD), f"the table of licences does not name {source}"
     for notice in ("Copyright 2006 by Princeton University", "Vassil Panayotov", "University\nof Edinburgh"):
         assert notice in CARD
