@@ -16,7 +16,7 @@ mean squared difference.
 With `--alignments` it is what is said: beside each recording lies a JSON file of the same name with `phones`, the seconds `ends_s` at which
 they end, and `pitch_hz`, a pitch every `pitch_step_s` seconds, low where there is no voice. Each phone has a direction of its own,
 a frame that lies in two of them a mean; the place in the phone and the pitch are two more directions, which count less. Tokens of
-such an encoder say little but words and melody, so they are easier to predict from a text than those of Whisper's states.
+such an encoder are meant to say little but words and melody, and to be easier to predict from a text than those of Whisper's states.
 
 None of this is in the paper, whose encoder is w2v-BERT 2.0 as it comes: all values are ours.
 """
