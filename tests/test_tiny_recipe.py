@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from indextts2_hf import IndexTTS2TextToAudioPipeline
@@ -115,6 +116,38 @@ def test_formants_are_moved():
     warped = make_speech.warp(spectrum, np.arange(601) / 1.25)
     np.testing.assert_allclose(warped[500], 400.0)
     np.testing.assert_allclose(make_speech.warp(spectrum, np.arange(601) / 0.5)[[100, 400], 0], [200.0, 600.0])
+
+
+def test_list_and_picture(monkeypatch, tmp_path):
+    make_speech = load("make_speech")
+
+    class Teacher:
+        """A tone instead of hibari, which is no dependency of the tests."""
+
+        def speak(self, sentence, voice, manner, speed):
+            assert manner == make_speech.Manner() and speed == 1.0
+            times = np.arange(8000) / make_speech.SAMPLING_RATE
+            return np.float32(0.5 * np.sin(2 * np.pi * 200 * voice.pitch * times)), {}
+
+    monkeypatch.setattr(make_speech, "Teacher", Teacher)
+    sentences = make_speech.order([f"Sentence {number}." for number in range(7)])
+    assert sorted(sentences) != sentences == make_speech.order(sorted(sentences))
+    make_speech.make_test_list(sentences, tmp_path / "test")
+    lines = [line.split("|") for line in (tmp_path / "test" / "meta.lst").read_text().splitlines()]
+    assert [text for _, _, _, text, _ in lines] == sentences
+    assert [voice for _, _, voice, _, _ in lines[:6]] == ["heart", "low", "deep", "bright", "child", "heart"]
+
+    report = tmp_path / "report"
+    (report / "audio" / "free").mkdir(parents=True)
+    for name, _, _, _, recording in lines:
+        shutil.copy(tmp_path / "test" / recording, report / "audio" / "free" / f"{name}.wav")
+    picture = tmp_path / "picture.png"
+    run(
+        "draw_spectrograms",
+        monkeypatch,
+        *(tmp_path / "test" / "meta.lst", report, picture, "--names", "000", "003"),
+    )
+    assert imread(picture).std() > 0.1
 
 
 def test_export(monkeypatch, tiny_checkpoint, tiny_recordings, tmp_path):
