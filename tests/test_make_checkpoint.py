@@ -83,6 +83,7 @@ SIZES = {
         "resblock_kernel_sizes": [3],
         "resblock_dilations": [[1]],
     },
+    "scheduler": {"sway_coefficient": -1.0, "default_num_inference_steps": 8},
     "generation": {"do_sample": True, "temperature": 0.8, "num_beams": 1},
 }
 
@@ -151,6 +152,8 @@ def test_what_follows_from_other_parts(made):
     assert (t2s.feature_size, s2m.semantic_size, model.semantic_codec.config.feature_size) == (24, 24, 24)
     assert (t2s.speaker_embed_dim, s2m.speaker_embed_dim, s2m.t2s_hidden_size) == (16, 16, 32)
     assert s2m.mel_frames_per_token == pytest.approx(22050 / 256 / 50)
+    scheduler = model.scheduler.config
+    assert (scheduler.sway_coefficient, scheduler.default_num_inference_steps, scheduler.grid) == (-1.0, 8, None)
     generation = model.generation_config
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (64, 65, 65)
     assert (generation.max_new_tokens, generation.suppress_tokens, generation.temperature) == (101, [64], 0.8)
@@ -495,6 +498,8 @@ def test_released_sizes():
         ("s2m", {"layers": 3}, "`s2m` has no setting 'layers', but num_mel_bins, hidden_size"),
         ("s2m", {"num_layers": "two"}, "`s2m` cannot be made with"),
         ("s2m", {"mel_std": 0.0}, "`mel_std` is 0.0 but must be above 0"),
+        ("scheduler", {"sway": -1.0}, "`scheduler` has no setting 'sway', but sway_coefficient, grid"),
+        ("scheduler", {"grid": [0.0]}, "`grid` is \\[0.0\\] but must increase strictly"),
         ("vocoder", {"upsample_rates": [8, 8]}, "2 stages but `upsample_kernel_sizes` has 3"),
         ("semantic_encoder", {"layers": 3}, "`semantic_encoder` \\(wav2vec2-bert\\) has no setting 'layers'"),
         ("semantic_encoder", {"from_pretrained": "x"}, "either `model_type` .* or `from_pretrained`"),

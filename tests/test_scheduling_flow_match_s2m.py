@@ -171,9 +171,21 @@ def test_rejects_a_grid_that_does_not_go_from_noise_to_data(grid):
         IndexTTS2FlowMatchScheduler(grid=grid)
 
 
+def test_a_checkpoint_says_how_many_steps_it_needs(tmp_path):
+    scheduler = IndexTTS2FlowMatchScheduler()
+    scheduler.set_timesteps()
+    assert len(scheduler.timesteps) == 25
+    IndexTTS2FlowMatchScheduler(default_num_inference_steps=8).save_pretrained(tmp_path)
+    scheduler = IndexTTS2FlowMatchScheduler.from_pretrained(tmp_path)
+    scheduler.set_timesteps()
+    assert len(scheduler.timesteps) == 8
+    scheduler.set_timesteps(3)
+    assert len(scheduler.timesteps) == 3
+
+
 def test_rejects_bad_numbers_of_steps():
-    with pytest.raises(ValueError, match="`num_inference_steps` is None but .* Pass a number"):
-        IndexTTS2FlowMatchScheduler().set_timesteps()
+    with pytest.raises(ValueError, match="`default_num_inference_steps` is 0 but at least one"):
+        IndexTTS2FlowMatchScheduler(default_num_inference_steps=0)
     with pytest.raises(ValueError, match="`num_inference_steps` is 0 but at least one"):
         IndexTTS2FlowMatchScheduler().set_timesteps(0)
     with pytest.raises(ValueError, match="`num_inference_steps` is 25 but the `grid` of this scheduler has 7 steps"):

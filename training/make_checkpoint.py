@@ -4,7 +4,7 @@ A new checkpoint with random weights, for models that are trained from scratch.
     python training/make_checkpoint.py --sizes training/configs/tiny_sizes.yaml --tokenizer bpe.model --output NEW
 
 The YAML file has a section for each part with the arguments of its constructor or configuration: `t2s`, `s2m`, `semantic_encoder`,
-`semantic_codec`, `speaker_encoder`, `vocoder`, `feature_extractor`; beside them `sampling_rate` and the settings of `generation`.
+`semantic_codec`, `speaker_encoder`, `scheduler`, `vocoder`, `feature_extractor`; beside them `sampling_rate` and the settings of `generation`.
 `semantic_encoder` names the `model_type` of a speech encoder of transformers, or `from_pretrained: FOLDER_OR_REPOSITORY`. What
 follows from other parts or from the vocabulary is filled in, and an error if it is given otherwise.
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from diffusers import ModelMixin
+from diffusers import ConfigMixin
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -59,6 +59,7 @@ SECTIONS = (
     "speaker_encoder",
     "t2s",
     "s2m",
+    "scheduler",
     "vocoder",
     "generation",
 )
@@ -141,7 +142,7 @@ def fill_in(name: str, settings: dict[str, Any], derived: dict[str, tuple[Any, s
     return settings | {key: value for key, (value, _) in derived.items()}
 
 
-def build(name: str, part_class: type[ModelMixin], settings: dict[str, Any]) -> ModelMixin:
+def build(name: str, part_class: type[ConfigMixin], settings: dict[str, Any]) -> Any:
     known = [key for key in inspect.signature(part_class).parameters if key != "kwargs"]
     unknown = settings.keys() - set(known)
     if unknown:
@@ -257,7 +258,7 @@ def make_model(sizes: dict[str, Any], tokenizer: IndexTTS2Tokenizer) -> IndexTTS
         IndexTTS2Config(sampling_rate=sizes["sampling_rate"]),
         t2s=t2s,
         s2m=s2m,
-        scheduler=IndexTTS2FlowMatchScheduler(),
+        scheduler=build("scheduler", IndexTTS2FlowMatchScheduler, sizes["scheduler"]),
         semantic_encoder=semantic_encoder,
         semantic_codec=semantic_codec,
         speaker_encoder=speaker_encoder,

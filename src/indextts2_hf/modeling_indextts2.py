@@ -587,7 +587,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 `torch.manual_seed` governs. Greedy search, beam search and sampling with one beam then also give a text the
                 same audio alone and in any batch; sampling with several beams depends on its batch.
             num_inference_steps (`int`, *optional*):
-                Flow-matching steps; 25 by default, or what the scheduler's own grid says.
+                Flow-matching steps; by default what the checkpoint's scheduler says, 25 in the released one.
             guidance_scale (`float`, defaults to 1.7):
                 Strength of the conditions in flow matching; 1.0 or less is none and faster.
             segment_silence_s (`float`, defaults to 0.2):

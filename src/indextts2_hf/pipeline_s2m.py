@@ -585,7 +585,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             mel_lengths (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 Mel frames to make for each row; by default `semantic_lengths * mel_frames_per_token`, rounded down.
             num_inference_steps (`int`, *optional*):
-                Steps from noise to mel; 25 by default, or what the scheduler's own grid says.
+                Steps from noise to mel; by default what the checkpoint's scheduler says, 25 in the released one.
             guidance_scale (`float`, defaults to 1.7):
                 Strength of the conditions; 1.0 or less makes one network call a step instead of two.
             generator (`torch.Generator` or a list of them, *optional*):
@@ -665,8 +665,6 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             frame_lengths = frame_lengths if frame_lengths is None else frame_lengths.repeat(2)
 
         sample = self.prepare_sample(lengths, generator, latents).masked_fill(is_prompt, 0.0)
-        if num_inference_steps is None and self.scheduler.config.get("grid") is None:
-            num_inference_steps = 25
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)

@@ -48,9 +48,11 @@ class IndexTTS2FlowMatchScheduler(SchedulerMixin, ConfigMixin):
         grid (`list[float]`, *optional*):
             Times before the warp, strictly increasing, first 0 and last 1: `n + 1` times make `n` steps. `None`
             spaces the number of steps asked for uniformly.
+        default_num_inference_steps (`int`, defaults to 25):
+            Steps of a uniform grid when no number is asked for, at least 1. A small model needs fewer than the released one.
 
     Raises:
-        ValueError: if `sway_coefficient` or `grid` is outside these bounds.
+        ValueError: if `sway_coefficient`, `grid` or `default_num_inference_steps` is outside these bounds.
     """
 
     _compatibles = []
@@ -58,7 +60,12 @@ class IndexTTS2FlowMatchScheduler(SchedulerMixin, ConfigMixin):
     init_noise_sigma = 1.0
 
     @register_to_config
-    def __init__(self, sway_coefficient: float = 0.0, grid: list[float] | None = None):
+    def __init__(
+        self,
+        sway_coefficient: float = 0.0,
+        grid: list[float] | None = None,
+        default_num_inference_steps: int = 25,
+    ):
         if not MIN_SWAY_COEFFICIENT <= sway_coefficient <= MAX_SWAY_COEFFICIENT:
             raise ValueError(
                 f"`sway_coefficient` is {sway_coefficient} but the times only increase for values from "
@@ -71,6 +78,10 @@ class IndexTTS2FlowMatchScheduler(SchedulerMixin, ConfigMixin):
                     f"`grid` is {list(grid)} but must increase strictly from 0.0 (noise) to 1.0 (data), both "
                     "included. Use `grid=None` for uniform steps."
                 )
+        if default_num_inference_steps < 1:
+            raise ValueError(
+                f"`default_num_inference_steps` is {default_num_inference_steps} but at least one step is needed."
+            )
         self.num_inference_steps: int | None = None
         self.timesteps: torch.FloatTensor | None = None
         # All times, the final 1 included. On the CPU, so that a step does not wait for an accelerator.
@@ -98,21 +109,17 @@ class IndexTTS2FlowMatchScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             num_inference_steps (`int`, *optional*):
-                Steps, at least 1. May be left out if the scheduler has an explicit `grid`, and must agree with it.
+                Steps, at least 1; by default those of the `grid`, with which it must agree, or
+                `default_num_inference_steps`.
             device (`str` or `torch.device`, *optional*):
                 Where `timesteps` shall be, the CPU by default.
 
         Raises:
-            ValueError: if the number of steps is missing, below 1, or not that of the grid.
+            ValueError: if the number of steps is below 1 or not that of the grid.
         """
         grid = self.config.grid
         if num_inference_steps is None:
-            if grid is None:
-                raise ValueError(
-                    "`num_inference_steps` is None but this scheduler has no `grid` to take it from. Pass a number of "
-                    "steps, for example 25."
-                )
-            num_inference_steps = len(grid) - 1
+            num_inference_steps = self.config.default_num_inference_steps if grid is None else len(grid) - 1
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps} but at least one step is needed.")
         if grid is not None and num_inference_steps != len(grid) - 1:
