@@ -270,6 +270,19 @@ def test_steps(semantic_to_mel, tiny_voice, tiny_checkpoint):
     assert not torch.allclose(pipeline(codes(5), tiny_voice, **options).mels[0], four, atol=1e-3)
 
 
+def test_level_of_the_noise(semantic_to_mel, tiny_voice, tiny_checkpoint):
+    pipeline = IndexTTS2SemanticToMelPipeline.from_pretrained(tiny_checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    options = dict(num_inference_steps=2, output_type="mel")
+    num_frames = len(tiny_voice.prompt_mel) + len(semantic_to_mel(codes(5), tiny_voice, **options).mels[0])
+    latents = torch.randn(1, num_frames, 80, generator=torch.Generator().manual_seed(3))
+    expected = semantic_to_mel(codes(5), tiny_voice, latents=0.5 * latents, **options).mels[0]
+    pipeline.scheduler = IndexTTS2FlowMatchScheduler(init_noise_sigma=0.5)
+    torch.testing.assert_close(
+        pipeline(codes(5), tiny_voice, latents=latents, **options).mels[0], expected, rtol=0, atol=1e-5
+    )
+
+
 # --- recordings --------------------------------------------------------------------------------------------------------
 
 

@@ -175,8 +175,9 @@ def test_a_checkpoint_says_how_many_steps_it_needs(tmp_path):
     scheduler = IndexTTS2FlowMatchScheduler()
     scheduler.set_timesteps()
     assert len(scheduler.timesteps) == 25
-    IndexTTS2FlowMatchScheduler(default_num_inference_steps=8).save_pretrained(tmp_path)
+    IndexTTS2FlowMatchScheduler(default_num_inference_steps=8, init_noise_sigma=0.6).save_pretrained(tmp_path)
     scheduler = IndexTTS2FlowMatchScheduler.from_pretrained(tmp_path)
+    assert scheduler.init_noise_sigma == 0.6
     scheduler.set_timesteps()
     assert len(scheduler.timesteps) == 8
     scheduler.set_timesteps(3)
@@ -186,6 +187,8 @@ def test_a_checkpoint_says_how_many_steps_it_needs(tmp_path):
 def test_rejects_bad_numbers_of_steps():
     with pytest.raises(ValueError, match="`default_num_inference_steps` is 0 but at least one"):
         IndexTTS2FlowMatchScheduler(default_num_inference_steps=0)
+    with pytest.raises(ValueError, match="`init_noise_sigma` is 0.0 but must be"):
+        IndexTTS2FlowMatchScheduler(init_noise_sigma=0.0)
     with pytest.raises(ValueError, match="`num_inference_steps` is 0 but at least one"):
         IndexTTS2FlowMatchScheduler().set_timesteps(0)
     with pytest.raises(ValueError, match="`num_inference_steps` is 25 but the `grid` of this scheduler has 7 steps"):

@@ -591,7 +591,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             generator (`torch.Generator` or a list of them, *optional*):
                 For the noise; one for each row makes rows independent of their batch.
             latents (`torch.Tensor` of shape `(batch_size, num_frames, num_mel_bins)`, *optional*):
-                The noise itself; `num_frames` counts prompt and generated frames of the longest row.
+                The noise itself, before the scheduler's `init_noise_sigma`; `num_frames` counts prompt and generated frames of
+                the longest row.
             output_type (`str`, defaults to `"np"`):
                 Waveforms as NumPy arrays (`"np"`) or tensors (`"pt"`), or no waveforms (`"mel"`).
             return_dict (`bool`, defaults to `True`):
@@ -664,7 +665,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             )
             frame_lengths = frame_lengths if frame_lengths is None else frame_lengths.repeat(2)
 
-        sample = self.prepare_sample(lengths, generator, latents).masked_fill(is_prompt, 0.0)
+        sample = self.scheduler.init_noise_sigma * self.prepare_sample(lengths, generator, latents)
+        sample = sample.masked_fill(is_prompt, 0.0)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
