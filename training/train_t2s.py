@@ -105,7 +105,9 @@ class SpeakerClassifier(nn.Module):
         self, emotion_embeds: torch.Tensor, speaker_numbers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(batch_size, hidden_size)` and `(batch_size,)` to mean cross-entropy and accuracy."""
-        logits = self.out_proj(F.gelu(self.in_proj(ReverseGradient.apply(emotion_embeds))))
+        # Without its length: by growing it the vector could make the reversed term as large as it likes.
+        embeds = F.layer_norm(ReverseGradient.apply(emotion_embeds), emotion_embeds.shape[-1:])
+        logits = self.out_proj(F.gelu(self.in_proj(embeds)))
         accuracy = (logits.argmax(dim=-1) == speaker_numbers).float().mean()
         return F.cross_entropy(logits.float(), speaker_numbers), accuracy
 
