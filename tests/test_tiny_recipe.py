@@ -118,34 +118,51 @@ def test_formants_are_moved():
     np.testing.assert_allclose(make_speech.warp(spectrum, np.arange(601) / 0.5)[[100, 400], 0], [200.0, 600.0])
 
 
-def test_list_and_picture(monkeypatch, tmp_path):
-    make_speech = load("make_speech")
+def test_lists_and_picture(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(RECIPE)
+    make_test_lists = load("make_test_lists")
 
     class Teacher:
         """A tone instead of hibari, which is no dependency of the tests."""
 
         def speak(self, sentence, voice, manner, speed):
-            assert manner == make_speech.Manner() and speed == 1.0
-            times = np.arange(8000) / make_speech.SAMPLING_RATE
+            assert manner == make_test_lists.Manner() and speed == 1.0
+            times = np.arange(8000) / make_test_lists.SAMPLING_RATE
             return np.float32(0.5 * np.sin(2 * np.pi * 200 * voice.pitch * times)), {}
 
-    monkeypatch.setattr(make_speech, "Teacher", Teacher)
-    sentences = make_speech.order([f"Sentence {number}." for number in range(7)])
-    assert sorted(sentences) != sentences == make_speech.order(sorted(sentences))
-    make_speech.make_test_list(sentences, tmp_path / "test")
-    lines = [line.split("|") for line in (tmp_path / "test" / "meta.lst").read_text().splitlines()]
-    assert [text for _, _, _, text, _ in lines] == sentences
+    monkeypatch.setattr(make_test_lists, "Teacher", Teacher)
+    test = tmp_path / "test"
+    test.mkdir()
+    sentences = make_test_lists.order([f"Sentence {number}." for number in range(20)])
+    assert sorted(sentences) != sentences == make_test_lists.order(sorted(sentences))
+    make_test_lists.make_voices_list(sentences[:7], test)
+    lines = [line.split("|") for line in (test / "voices.lst").read_text().splitlines()]
+    assert [text for _, _, _, text, _ in lines] == sentences[:7]
     assert [voice for _, _, voice, _, _ in lines[:6]] == ["heart", "low", "deep", "bright", "child", "heart"]
+
+    for split, readers in {"train": ["ls1"], "validation": ["ls1", "ls2", "ls2", "ls3"]}.items():
+        (tmp_path / split).mkdir()
+        with open(tmp_path / split / "metadata.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file_name", "text", "speaker", "language"])
+            for number, reader in enumerate(readers):
+                shutil.copy(test / "000.flac", tmp_path / split / f"{number}.flac")
+                table.writerow([f"{number}.flac", "Read.", reader, "de" if reader == "ls3" else "en"])
+    make_test_lists.make_readers_list(sentences[7:], tmp_path, test)
+    assert (test / "readers.lst").read_text().splitlines() == [
+        f"ls2-{place}|Read.|ls2.flac|{sentences[7 + place]}" for place in range(6)
+    ]
+    assert (test / "ls2.flac").is_file()
 
     report = tmp_path / "report"
     (report / "audio" / "free").mkdir(parents=True)
     for name, _, _, _, recording in lines:
-        shutil.copy(tmp_path / "test" / recording, report / "audio" / "free" / f"{name}.wav")
+        shutil.copy(test / recording, report / "audio" / "free" / f"{name}.wav")
     picture = tmp_path / "picture.png"
     run(
         "draw_spectrograms",
         monkeypatch,
-        *(tmp_path / "test" / "meta.lst", report, picture, "--names", "000", "003"),
+        *(test / "voices.lst", report, picture, "--names", "000", "003"),
     )
     assert imread(picture).std() > 0.1
 

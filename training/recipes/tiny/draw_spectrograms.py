@@ -1,7 +1,7 @@
 """
 Draws teacher and model side by side: the recordings of a test list above what the checkpoint makes of the same sentences.
 
-    python training/recipes/tiny/draw_spectrograms.py TEST/meta.lst REPORT docs/spectrograms.png --names 000 001 003
+    python training/recipes/tiny/draw_spectrograms.py TEST/voices.lst REPORT docs/spectrograms.png --names 000 001 003
 
 `REPORT` is what `evaluation/evaluate.py` made of the list. Needs matplotlib.
 """

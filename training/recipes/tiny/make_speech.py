@@ -11,11 +11,6 @@ larger `--num_sentences` adds clips and changes none, and what is there already 
 
 makes one recording of each voice that is shipped instead, from which its voice file is made; some are shipped themselves (`export.py`).
 
-    python training/recipes/tiny/make_speech.py TEXTS/held-out.txt OUTPUT --test_list --num_sentences 100
-
-makes what the checkpoint is evaluated on: the shipped voices take turns, neutral, and `meta.lst` lists the clips as the true recordings
-(`evaluation/evaluate.py`).
-
 hibari gives the parts of which it makes a waveform, so its pitch, formants, tilt and breath can be changed before; and it rounds a
 duration for each phoneme, so the alignment is exact. Needs hibari-tts, onnx, onnxruntime, soundfile, soxr and tqdm.
 """
@@ -269,19 +264,6 @@ def order(sentences: list[str]) -> list[str]:
     return sorted(sentences, key=lambda sentence: hashlib.sha256(f"order {sentence}".encode()).digest())
 
 
-def make_test_list(sentences: list[str], folder: Path) -> None:
-    """A clip of each sentence, and `meta.lst` with lines `name||voice|sentence|clip`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    speaker = Teacher()
-    lines = []
-    for number, sentence in enumerate(sentences):
-        voice = SHIPPED_VOICES[number % len(SHIPPED_VOICES)]
-        waveform, _ = speaker.speak(sentence, VOICES[voice], Manner(), speed=1.0)
-        soundfile.write(folder / f"{number:03}.flac", waveform, SAMPLING_RATE)
-        lines.append(f"{number:03}||{voice}|{sentence}|{number:03}.flac\n")
-    (folder / "meta.lst").write_text("".join(lines), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -289,7 +271,6 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="?", metavar="TEXTS", help="a sentence a line")
     parser.add_argument("output", type=Path, metavar="OUTPUT")
     parser.add_argument("--references", action="store_true", help="one recording of each shipped voice; no TEXTS")
-    parser.add_argument("--test_list", action="store_true", help="neutral clips of the shipped voices, and `meta.lst`")
     parser.add_argument("--num_sentences", type=int, help="only the first ones of a fixed order (default: all)")
     parser.add_argument("--num_workers", type=int, default=2, help="(default: %(default)s)")
     arguments = parser.parse_args()
@@ -299,9 +280,6 @@ def main() -> None:
     if arguments.texts is None:
         parser.error("TEXTS is missing; only --references goes without")
     sentences = order(arguments.texts.read_text().splitlines())[: arguments.num_sentences]
-    if arguments.test_list:
-        make_test_list(sentences, arguments.output)
-        return
     clips = [
         (sentence, arguments.output / f"{hashlib.sha256(sentence.encode()).hexdigest()[:12]}.flac")
         for sentence in sentences
