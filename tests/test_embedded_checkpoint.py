@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from indextts2_hf import EMOTIONS, IndexTTS2TextToAudioPipeline, embedded_checkpoint
-from indextts2_hf.cli import is_untrained, read_card
+from indextts2_hf.cards import read_card
+from indextts2_hf.cli import is_untrained
 
 
 FOLDER = embedded_checkpoint()

@@ -57,7 +57,7 @@ LATE = {
     ("modeling_indextts2", "pipeline_s2m"),
     ("pipeline_text_to_audio", "pipeline_s2m"),
     ("cli", "convert_original_checkpoint"),
-    ("cli", "cards"),
+    ("cards", "pipeline_s2m"),
     ("cli", "hub"),
 }
 DIFFUSERS_SIDE = {

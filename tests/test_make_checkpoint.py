@@ -322,6 +322,9 @@ def test_s2m_begins_at_the_mean_of_speech(tiny, heard):
         content = s2m.regulate_length(embeds, None, torch.tensor([mel.shape[1]]))
         speaker_embeds = tiny.speaker_encoder(heard[0]["speaker_fbank"]).speaker_embeds
     assert varying_share(content[0]) > 0.05
+    # States of the T2S say nothing before they are learnt.
+    states = torch.randn(*embeds.shape[:2], s2m.config.t2s_hidden_size)
+    assert torch.equal(s2m.add_hidden_states(embeds, states), embeds)
     velocities = []
     for time in (0.1, 0.9):
         noise = torch.randn(mel.shape, generator=torch.Generator().manual_seed(0))
@@ -423,8 +426,9 @@ def test_every_weight_can_learn(heard):
     torch.manual_seed(0)
     model = make_model(read_sizes(CONFIGS / "tiny_sizes.yaml"), load_tokenizer(str(BPE_MODEL)))
     initialize(model)
-    # Its first step frees what lies before it.
-    torch.nn.init.normal_(model.t2s.emotion_out_proj.weight, std=1e-3)
+    # The first step of these frees what lies before them.
+    for layer in (model.t2s.emotion_out_proj, model.s2m.t2s_projection[-1]):
+        torch.nn.init.normal_(layer.weight, std=1e-3)
     batch = t2s_batch(model, heard)
     model.t2s(**batch, emotion_features=batch["speaker_features"].flip(0)).loss.backward()
     features = batch["speaker_features"]

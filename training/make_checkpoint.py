@@ -338,6 +338,9 @@ def initialize(model: IndexTTS2ForTextToWaveform) -> None:
     mean = model.s2m.normalize_mel(torch.tensor(MEAN_LOG_MEL))
     nn.init.constant_(model.s2m.velocity_projection.bias, float(mean))
     carry_noise(model.s2m)
+    # What T2S states add to the codes begins as nothing: a network that is trained without them can be used with them.
+    for parameter in model.s2m.t2s_projection[-1].parameters():
+        nn.init.zeros_(parameter)
     # The embedding would be 1e-4 large and hardly depend on the voice: nothing restores the level that the layers lose.
     for module in model.speaker_encoder.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):

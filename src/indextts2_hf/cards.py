@@ -11,7 +11,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .emotion import EMOTIONS
-from .pipeline_s2m import VoicePrompt
 
 
 # In cards: where figures belong, and what tells a card of ours, which is made anew, from one that somebody wrote.
@@ -267,6 +266,8 @@ def write_voice_card(
         base_model (`str`, *optional*): repository of the checkpoint it is for; by default what the voice says.
         languages (`tuple[str, ...]`, *optional*): codes of the languages it was tried in.
     """
+    from .pipeline_s2m import VoicePrompt  # with diffusers, which reading a card does not need
+
     voice = VoicePrompt.load(folder)
     checkpoint = voice.checkpoint.split("@")[0]
     if base_model is None and "/" in checkpoint:

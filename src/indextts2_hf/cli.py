@@ -19,13 +19,14 @@ from typing import Any, Self
 import numpy as np
 import soundfile
 import torch
-from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .cards import read_card, write_voice_card
 from .configuration_indextts2 import IndexTTS2T2SConfig
 from .emotion import check_emotion_weights
 from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, embedded_checkpoint
@@ -156,8 +157,6 @@ def make_voice(args: argparse.Namespace) -> None:
         pipe.model.semantic_to_mel.check_voice(voice)
         voice.save(output)
     if is_pack:
-        from .cards import write_voice_card
-
         write_voice_card(args.output, name=args.output.name)
     if not args.quiet:
         extractor = pipe.model.feature_extractor
@@ -425,12 +424,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"'{path}' holds a {type(settings).__name__} instead of settings.")
     return settings
-
-
-def read_card(folder: Path) -> dict[str, Any]:
-    """The metadata of a checkpoint's card; empty without a card."""
-    path = folder / "README.md"
-    return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
 
 
 def is_untrained(card: dict[str, Any]) -> bool:
