@@ -665,8 +665,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             )
             frame_lengths = frame_lengths if frame_lengths is None else frame_lengths.repeat(2)
 
-        sample = self.scheduler.init_noise_sigma * self.prepare_sample(lengths, generator, latents)
-        sample = sample.masked_fill(is_prompt, 0.0)
+        if num_inference_steps is None and self.scheduler.config.get("grid") is None:
+            num_inference_steps = self.scheduler.config.get("default_num_inference_steps", 25)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
@@ -675,6 +675,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
                 f"{type(self.scheduler).__name__} begins at time {float(timesteps[0])}, but this model knows times from 0 "
                 "(noise) to 1 (data). Use `IndexTTS2FlowMatchScheduler`."
             )
+        sample = self.scheduler.init_noise_sigma * self.prepare_sample(lengths, generator, latents)
+        sample = sample.masked_fill(is_prompt, 0.0)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
                 model_input = torch.cat([sample, sample]) if do_guidance else sample
