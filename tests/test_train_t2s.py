@@ -1,5 +1,6 @@
 """The stages of the text-to-semantic training: what is trained, what is reported, and that what is saved speaks."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,25 @@ def test_the_gradient_reversal_hides_the_speaker():
         accuracies.append(train(SpeakerClassifier(8, 32, 4), path, 0.0, 300))
     assert accuracies[0] > 0.9
     assert accuracies[1] < 0.55, "a new classifier still finds the speaker"
+
+
+def test_the_reversed_term_is_bounded():
+    from train_t2s import SpeakerClassifier
+
+    torch.manual_seed(0)
+    classifier = SpeakerClassifier(8, 32, 4)
+    torch.nn.init.normal_(classifier.out_proj.weight, std=10.0)
+    embeds = torch.randn(1, 8).repeat(4, 1).requires_grad_()
+    losses = -classifier.classify(embeds[:1]).log_softmax(dim=1)[0].detach()
+    is_found = losses < 2 * math.log(4)
+    assert is_found.any() and not is_found.all()
+    # The same vector as that of each of the four speakers: it is pushed by those who are found, away from them.
+    loss, _ = classifier(embeds, torch.arange(4))
+    assert loss.item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, embeds)
+    assert torch.equal(gradient.abs().sum(dim=1) > 0, is_found)
+    plain = torch.nn.functional.cross_entropy(classifier.classify(embeds), torch.arange(4))
+    torch.testing.assert_close(gradient[is_found], -torch.autograd.grad(plain, embeds)[0][is_found])
 
 
 def test_the_prototypes_are_the_means_of_each_speakers_clips(tiny_checkpoint, tiny_features):

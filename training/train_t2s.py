@@ -118,6 +118,7 @@ class SpeakerClassifier(nn.Module):
         return F.cross_entropy(logits, speaker_numbers), accuracy
 
     def classify(self, emotion_embeds: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch_size, num_speakers)`, float32."""
         # Normalised, or the vector could run away by growing.
         embeds = F.layer_norm(emotion_embeds, emotion_embeds.shape[-1:])
         return self.out_proj(F.gelu(self.in_proj(embeds))).float()

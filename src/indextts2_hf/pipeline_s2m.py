@@ -665,8 +665,8 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             )
             frame_lengths = frame_lengths if frame_lengths is None else frame_lengths.repeat(2)
 
-        if num_inference_steps is None and self.scheduler.config.get("grid") is None:
-            num_inference_steps = self.scheduler.config.get("default_num_inference_steps", 25)
+        if num_inference_steps is None and "default_num_inference_steps" not in self.scheduler.config:
+            num_inference_steps = 25  # for another scheduler than ours, which knows by itself
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)

@@ -49,10 +49,10 @@ class IndexTTS2FlowMatchScheduler(SchedulerMixin, ConfigMixin):
             Times before the warp, strictly increasing, first 0 and last 1: `n + 1` times make `n` steps. `None`
             spaces the number of steps asked for uniformly.
         default_num_inference_steps (`int`, defaults to 25):
-            Steps of a uniform grid when no number is asked for, at least 1. A small model needs fewer than the released one.
+            Steps of a uniform grid when no number is asked for, at least 1.
         init_noise_sigma (`float`, defaults to 1.0):
             Standard deviation of the noise that a pipeline begins with, above 0. The released sampler calls it temperature.
-            Below 1 a small model, which leaves some of the noise where it is, sounds cleaner and more even.
+            Below 1 speech sounds cleaner and varies less.
 
     Raises:
         ValueError: if an argument is outside these bounds.
