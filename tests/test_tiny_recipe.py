@@ -78,12 +78,16 @@ def test_voices_and_manners_are_drawn_as_wanted():
 
 def test_phones_take_the_time_of_their_marks():
     make_speech = load("make_speech")
-    phones, ends = make_speech.align(list("ˈɛv hˈY."), np.array([14, 2, 2, 1, 2, 2, 2, 4, 13, 6]))
+    phones, ends, words = make_speech.align(list("ˈɛv hˈY."), np.array([14, 2, 2, 1, 2, 2, 2, 4, 13, 6]))
     assert phones == ["_", "ɛ", "v", "h", "Y", "_", "_"]
     assert ends == [14.0, 18.0, 20.0, 23.0, 29.0, 42.0, 48.0]
+    assert words == [(14.0, 20.0), (20.0, 29.0)]
     # From three frames before the first sound to four behind the last.
     assert make_speech.spoken(phones, ends) == (11, 33)
-    assert make_speech.align(list("ɑːt"), np.array([1, 2, 3, 4, 1])) == (["_", "ɑ", "t", "_"], [1.0, 6.0, 10.0, 11.0])
+    phones, ends, words = make_speech.align(list("ɑːt, — t"), np.array([1, 2, 3, 4, 5, 0, 1, 0, 2, 1]))
+    assert phones == ["_", "ɑ", "t", "_", "_", "t", "_"] and ends == [1.0, 6.0, 10.0, 15.0, 16.0, 18.0, 19.0]
+    # A pause is no word's, and a dash between two is none.
+    assert words == [(1.0, 10.0), (16.0, 18.0)]
 
 
 def test_manifests_are_joined(monkeypatch, tmp_path):

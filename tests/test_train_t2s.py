@@ -1,5 +1,6 @@
 """The stages of the text-to-semantic training: what is trained, what is reported, and that what is saved speaks."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -9,8 +10,8 @@ import pytest
 import torch
 from datasets import load_from_disk
 
-from data import T2SDataset, collate_t2s, load_features
-from indextts2_hf import IndexTTS2T2SForConditionalGeneration, IndexTTS2TextToAudioPipeline
+from data import Alignments, T2SDataset, collate_t2s, load_features
+from indextts2_hf import IndexTTS2Processor, IndexTTS2T2SForConditionalGeneration, IndexTTS2TextToAudioPipeline
 from programs import TRAINING, read_log, run_killed, run_program, run_ranks, run_to_error
 
 
@@ -135,6 +136,64 @@ def test_the_reversed_term_is_bounded():
     assert torch.equal(gradient.abs().sum(dim=1) > 0, is_found)
     plain = torch.nn.functional.cross_entropy(classifier.classify(embeds), torch.arange(4))
     torch.testing.assert_close(gradient[is_found], -torch.autograd.grad(plain, embeds)[0][is_found])
+
+
+@pytest.fixture
+def aligned(tiny_features, tmp_path):
+    """A folder with an alignment for each clip: its words share out its time."""
+    folder = tmp_path / "aligned"
+    for row in load_features(tiny_features, "train"):
+        num_words = len(row["text"].split())
+        times = [row["duration_s"].item() * number / num_words for number in range(num_words + 1)]
+        path = (folder / row["clip"]).with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"word_begins_s": times[:-1], "word_ends_s": times[1:]}))
+    return folder
+
+
+def test_attention_is_guided(options, aligned, tiny_features, tmp_path):
+    from train_t2s import GuidedAttention
+
+    out, plain = tmp_path / "run", tmp_path / "plain"
+    arguments = ["--stage", 1, *options, "--max_train_steps", 40, "--learning_rate", 3e-3]
+    run_program("train_t2s", "--output", out, *arguments, "--alignments", aligned, "--guided_attention_weight", 2)
+    run_program("train_t2s", "--output", plain, *arguments)
+    row = read_log(out, "train/")[0]
+    loss = row["train/semantic_cross_entropy_per_token"] + 0.01 * row["train/text_cross_entropy_per_token"]
+    assert row["train/loss"] == pytest.approx(loss + 2 * row["train/guided_attention_cross_entropy"], rel=1e-5)
+
+    # Against the attention of transformers itself: after guidance more of it lies on what is spoken.
+    tokenizer = IndexTTS2Processor.from_pretrained(out).tokenizer
+    rate = load_t2s(out).config.semantic_token_rate
+    dataset = T2SDataset(load_features(tiny_features, "train"), 0, alignments=Alignments(aligned, tokenizer, rate))
+    batch = collate_t2s([dataset[index, index] for index in range(len(dataset))])
+    batch.pop("ids"), batch.pop("speaker_numbers")
+    positions = batch.pop("text_positions")
+    assert (positions >= 0).any()
+    means = {}
+    for folder in (out / "last", plain / "last"):
+        t2s = load_t2s(folder).train()
+        t2s.set_attn_implementation("eager")
+        for module in t2s.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        guided = GuidedAttention(t2s)
+        attentions = t2s(**batch, use_cache=False, output_attentions=True).attentions
+        counts = batch["attention_mask"].sum(dim=1)
+        start = attentions[0].shape[-1] - positions.shape[1] - 1
+        logs = [
+            -attention[row, 0, start + step, start - 1 - counts[row] + positions[row, step]].log()
+            for attention in attentions[1:]
+            for row, step in (positions >= 0).nonzero().tolist()
+        ]
+        means[folder] = torch.stack(logs).mean()
+        torch.testing.assert_close(guided.loss(batch["attention_mask"], positions), means[folder])
+    assert means[out / "last"] < means[plain / "last"] - 0.5
+
+
+def test_no_alignments(options, tmp_path):
+    said = run_to_error("train_t2s", "--stage", 1, "--output", tmp_path / "run", *options, "--alignments", tmp_path)
+    assert "has a JSON file there" in said and "prepare_dataset.py" in said
 
 
 def test_the_prototypes_are_the_means_of_each_speakers_clips(tiny_checkpoint, tiny_features):

@@ -20,6 +20,7 @@ from datasets import Audio, ClassLabel, Dataset, Features, Value
 from checkpoint import digest_files
 from data import (
     BUCKET_STEPS,
+    Alignments,
     EndlessBatchSampler,
     T2SDataset,
     collate_t2s,
@@ -397,6 +398,46 @@ def test_prompts():
     assert voices == {0: {2, 3, 4}, 1: {2, 3, 4}, 2: {0, 1, 4}, 3: {0, 1, 4}, 4: {0, 1, 2, 3}, 5: {6}, 6: {5}}
     # Another clip with the same label; the target itself where there is none.
     assert emotions == {0: {4}, 1: {4}, 2: {2}, 3: {3}, 4: {0, 1}, 5: {5}, 6: {6}}
+
+
+class Pieces:
+    """Of a tokenizer what alignments ask of it."""
+
+    def convert_ids_to_tokens(self, ids):
+        return [["▁AL", "ONE", ",", "▁SO", "!", "▁"][number] for number in ids]
+
+
+def test_the_piece_that_is_spoken(tmp_path):
+    alignments = Alignments(tmp_path, Pieces(), token_rate=10.0)
+    row = {"clip": "a.flac", "speed": 1.0, "semantic_ids": np.zeros(12), "input_ids": np.arange(5)}
+    unknown = [-100] * 12
+    assert alignments.text_positions(row).tolist() == unknown
+    # "Alone, so!": the sounds of a word by its letters, a pause to the comma, and behind all the last piece.
+    (tmp_path / "a.json").write_text(json.dumps({"word_begins_s": [0.1, 0.8], "word_ends_s": [0.6, 1.0]}))
+    assert alignments.text_positions(row).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4]
+    # Half as fast again it is over sooner.
+    fast = alignments.text_positions({**row, "speed": 1.5}).tolist()
+    assert fast == [0, 0, 1, 1, 2, 3, 3] + [4] * 5
+    # Another number of words, or a word without letters: nothing is known.
+    for ids in ([0, 1], [0, 1, 2, 3, 4, 3], [0, 1, 5]):
+        assert alignments.text_positions({**row, "input_ids": np.array(ids)}).tolist() == unknown
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match="a.json cannot be used.*word_begins_s"):
+        alignments.text_positions(row)
+
+
+def test_text_positions_in_a_batch(tmp_path):
+    (tmp_path / "a1.json").write_text(json.dumps({"word_begins_s": [0.0], "word_ends_s": [0.02]}))
+    table = make_table(ROWS)
+    row = table[0]
+    pieces = Pieces()
+    pieces.convert_ids_to_tokens = lambda ids: ["▁A"] * 1 + ["B"] * (len(ids) - 1)
+    dataset = T2SDataset(table, seed=0, alignments=Alignments(tmp_path, pieces, token_rate=50.0))
+    batch = collate_t2s([dataset[0, 0], dataset[2, 1]])
+    assert batch["text_positions"].shape == batch["labels"].shape
+    assert (batch["text_positions"][0, : len(row["semantic_ids"])] >= 0).all()
+    assert (batch["text_positions"][0, len(row["semantic_ids"]) :] == -100).all()
+    assert (batch["text_positions"][1] == -100).all()
 
 
 def test_an_example_depends_on_its_draw_alone():

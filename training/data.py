@@ -474,6 +474,63 @@ def draw_generator(seed: int, draw: int) -> np.random.Generator:
 # --- examples of the text-to-semantic transformer ------------------------------------------------------------------------
 
 
+class Alignments:
+    r"""
+    Which piece of the text is spoken at each semantic token, from when its words are.
+
+    Beside a recording lies a JSON file of the same name with `word_begins_s` and `word_ends_s`, seconds of the first and of the last
+    sound of each word. The sounds of a word are shared out among its pieces by their letters; a pause is its last piece's.
+
+    Args:
+        folder (`Path`): against which the names of the clips are read, where they are not whole paths.
+        tokenizer (`IndexTTS2Tokenizer`): of the checkpoint that the features were made with.
+        token_rate (`float`): semantic tokens in a second.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Any, token_rate: float):
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.token_rate = token_rate
+
+    def path_of(self, clip: str) -> Path:
+        return (self.folder / clip).with_suffix(".json")
+
+    def text_positions(self, row: Mapping[str, Any]) -> torch.LongTensor:
+        """
+        Positions in `input_ids` for the semantic tokens of a row of `load_features`, of shape `(num_semantic_tokens,)`; all -100 where
+        there is no alignment or another number of words.
+
+        Raises:
+            ValueError: the alignment cannot be read.
+        """
+        num_tokens = len(row["semantic_ids"])
+        unknown = torch.full((num_tokens,), -100)
+        path = self.path_of(row["clip"])
+        if not path.is_file():
+            return unknown
+        try:
+            alignment = json.loads(path.read_text(encoding="utf-8"))
+            begins, ends = (np.asarray(alignment[name], dtype=float) for name in ("word_begins_s", "word_ends_s"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The alignment {path} cannot be used: {error!r}. It needs `word_begins_s` and `word_ends_s`, as many of each."
+            ) from error
+        words: list[list[int]] = []  # the letters of their pieces
+        for piece in self.tokenizer.convert_ids_to_tokens(row["input_ids"].tolist()):
+            if piece.startswith("▁") or not words:
+                words.append([])
+            words[-1].append(sum(character.isalnum() for character in piece))
+        words_with_letters = [word for word in words if sum(word)]
+        if not len(words) == len(words_with_letters) == len(begins) == len(ends):
+            return unknown
+        piece_ends = []
+        for letters, begin, end, next_begin in zip(words, begins, ends, [*begins[1:], np.inf], strict=True):
+            piece_ends += [begin + (end - begin) * share for share in np.cumsum(letters) / sum(letters)]
+            piece_ends[-1] = next_begin
+        times = (np.arange(num_tokens) + 0.5) / self.token_rate * float(row["speed"])
+        return torch.from_numpy(np.searchsorted(piece_ends, times, side="right"))
+
+
 class T2SDataset(Dataset):
     r"""
     Target, voice prompt and emotion prompt of the text-to-semantic transformer.
@@ -492,6 +549,7 @@ class T2SDataset(Dataset):
             two of a speaker.
         length_jitter (`int`, defaults to 0): how many tokens a told count may be off the true one, either way.
         max_semantic_tokens (`int`, *optional*): of the model: a count with jitter is at most this, and at least 1.
+        alignments (`Alignments`, *optional*): where each piece of the text is spoken; gives `text_positions`.
 
     Raises:
         ValueError: no clip has another one of its speaker.
@@ -506,6 +564,7 @@ class T2SDataset(Dataset):
         prompts: datasets.Dataset | None = None,
         length_jitter: int = 0,
         max_semantic_tokens: int | None = None,
+        alignments: Alignments | None = None,
     ):
         rows = range(len(features))
         if prompts is not None:
@@ -516,6 +575,7 @@ class T2SDataset(Dataset):
         self.with_emotion = with_emotion
         self.length_jitter = length_jitter
         self.max_semantic_tokens = max_semantic_tokens
+        self.alignments = alignments
         table = features.with_format(None).select_columns(["clip", "speaker", "emotion", "num_semantic_tokens"])
         self.clips, self.speakers, self.emotions, lengths = (list(table[name]) for name in table.column_names)
         self.speaker_names = sorted(set(self.speakers))
@@ -561,6 +621,8 @@ class T2SDataset(Dataset):
             "is_free": rng.random() < self.free_length_probability,
             "num_semantic_tokens": len(target["semantic_ids"]),
         }
+        if self.alignments is not None:
+            example["text_positions"] = self.alignments.text_positions(target)
         if self.with_emotion:
             alike = [other for other in others if self.emotions[row] and self.emotions[other] == self.emotions[row]]
             prompt = self.features[int(rng.choice(alike))] if alike else target
@@ -576,8 +638,9 @@ class T2SDataset(Dataset):
 
 def collate_t2s(examples: list[dict[str, Any]]) -> dict[str, Any]:
     r"""
-    A batch for `IndexTTS2T2SForConditionalGeneration.forward`, beside `ids`, the names of its clips, and `speaker_numbers` of shape
-    `(batch_size,)`. Rows are padded on the right; labels with -100.
+    A batch for `IndexTTS2T2SForConditionalGeneration.forward`, beside `ids`, the names of its clips, `speaker_numbers` of shape
+    `(batch_size,)`, and, with alignments, `text_positions` of the shape of `labels`. Rows are padded on the right; labels and text
+    positions with -100.
     """
     input_ids = [example["input_ids"] for example in examples]
     semantic_ids = [example["semantic_ids"] for example in examples]
@@ -590,6 +653,9 @@ def collate_t2s(examples: list[dict[str, Any]]) -> dict[str, Any]:
         "labels": pad_sequence(semantic_ids, batch_first=True, padding_value=-100),
         "num_semantic_tokens": torch.tensor(counts),
     }
+    if "text_positions" in examples[0]:
+        positions = [example["text_positions"] for example in examples]
+        batch["text_positions"] = pad_sequence(positions, batch_first=True, padding_value=-100)
     for name in ("speaker", "emotion"):
         if f"{name}_features" in examples[0]:
             rows = [example[f"{name}_features"] for example in examples]

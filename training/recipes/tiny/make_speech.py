@@ -107,7 +107,7 @@ MANNERS = {
 }
 # Of the sentences; the rest is neutral. Both have a random tempo.
 MANNER_SHARE = 0.4
-SPEEDS = (0.75, 1.35)
+SPEEDS = (0.75, 1.15)
 
 
 def choose(sentence: str) -> tuple[str, str | None, float]:
@@ -164,13 +164,19 @@ class Teacher:
             np.random.default_rng(0),
         )
         symbols = [symbol for symbol in phonemes if symbol in self.hibari.vocab]
-        phones, ends = align(symbols, durations.ravel().astype(int))
+        phones, ends, words = align(symbols, durations.ravel().astype(int))
         first, last = spoken(phones, ends)
         waveform = waveform[round(first * FRAME_S * TEACHER_RATE) : round(last * FRAME_S * TEACHER_RATE)]
         waveform = soxr.resample(waveform, TEACHER_RATE, SAMPLING_RATE)
+
+        def seconds(frames: list[float]) -> list[float]:
+            return [round(FRAME_S * (min(max(frame, first), last) - first), 4) for frame in frames]
+
         alignment = {
             "phones": phones,
-            "ends_s": [round(FRAME_S * (min(max(end, first), last) - first), 4) for end in ends],
+            "ends_s": seconds(ends),
+            "word_begins_s": seconds([begin for begin, _ in words]),
+            "word_ends_s": seconds([end for _, end in words]),
             "pitch_hz": [round(float(value), 1) for value in pitch[2 * first : 2 * last]],
             "pitch_step_s": FRAME_S / 2,
         }
@@ -178,23 +184,32 @@ class Teacher:
         return np.float32(level * waveform / np.abs(waveform).max()), alignment
 
 
-def align(symbols: list[str], durations: np.ndarray) -> tuple[list[str], list[float]]:
+def align(symbols: list[str], durations: np.ndarray) -> tuple[list[str], list[float], list[tuple[float, float]]]:
     """
-    Phones and the frames at which they end, of the phoneme symbols and the durations of these and of the silences around them.
+    Phones and the frames at which they end, of the phoneme symbols and the durations of these and of the silences around them;
+    and first and last frame of the sounds of each word.
 
     Marks of stress and length belong to the sound that they mark, a gap between words half to either neighbour.
     """
     phones, ends, position = [SILENCE], [float(durations[0])], float(durations[0])
+    numbers, number = [-1], 0  # of the word of each phone
     for symbol, duration in zip(symbols, durations[1:-1].tolist(), strict=True):
         position += duration
         if symbol == " ":
             ends[-1] = position - duration / 2
+            number += 1
         elif symbol in JOINED_TO_LAST:
             ends[-1] = position
         elif symbol not in JOINED_TO_NEXT:
             phones.append(SILENCE if symbol in PUNCTUATION else symbol)
             ends.append(position)
-    return [*phones, SILENCE], [*ends, float(durations.sum())]
+            numbers.append(number)
+    words: dict[int, tuple[float, float]] = {}
+    for index in range(1, len(phones)):
+        if phones[index] != SILENCE:
+            begin, _ = words.get(numbers[index], (ends[index - 1], None))
+            words[numbers[index]] = (begin, ends[index])
+    return [*phones, SILENCE], [*ends, float(durations.sum())], list(words.values())
 
 
 def spoken(phones: list[str], ends: list[float]) -> tuple[int, int]:
