@@ -57,6 +57,10 @@ def test_stage_one_as_a_program_of_its_own(options, tiny_checkpoint, tmp_path):
 
     # The emotion path is left out: what it would give is zero.
     last = load_t2s(out / "last")
+    assert (
+        last.config.attn_pdrop == 0
+        and "attn_pdrop" not in (out / "last" / "t2s" / "generation_config.json").read_text()
+    )
     assert changed_parts(load_t2s(tiny_checkpoint), last) == TRUNK | SPEAKER_PATH | {"emotion_out_proj"}
     assert not last.encode_emotion(torch.randn(1, 9, 24)).any()
 

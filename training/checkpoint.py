@@ -65,16 +65,13 @@ def load_part(
         ValueError: the weights are damaged or do not fit the `config.json` beside them.
     """
     shapes = read_weight_shapes(str(checkpoint / name))
-    # `check_weights` says it better than the libraries, of which one only warns.
-    lenient = {"ignore_mismatched_sizes": True}
+    if issubclass(part_class, PreTrainedModel):
+        # Settings given to the model would land in its generation config too.
+        config = part_class.config_class.from_pretrained(checkpoint, subfolder=name, **settings)
+        # Of weights that do not fit, `check_weights` says more.
+        settings = {"config": config, "ignore_mismatched_sizes": True}
     try:
-        part = part_class.from_pretrained(
-            checkpoint,
-            subfolder=name,
-            dtype=dtype,
-            **settings,
-            **(lenient if issubclass(part_class, PreTrainedModel) else {}),
-        )
+        part = part_class.from_pretrained(checkpoint, subfolder=name, dtype=dtype, **settings)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint / name} cannot be loaded: {error}") from error
     check_weights(part, str(checkpoint / name), shapes)
