@@ -400,39 +400,39 @@ def test_prompts():
     assert emotions == {0: {4}, 1: {4}, 2: {2}, 3: {3}, 4: {0, 1}, 5: {5}, 6: {6}}
 
 
-class Pieces:
-    """Of a tokenizer what alignments ask of it."""
+def test_the_piece_that_is_spoken(tokenizer, tmp_path):
+    def ids(text: str) -> np.ndarray:
+        return np.array(tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)))
 
-    def convert_ids_to_tokens(self, ids):
-        return [["▁AL", "ONE", ",", "▁SO", "!", "▁"][number] for number in ids]
-
-
-def test_the_piece_that_is_spoken(tmp_path):
-    alignments = Alignments(tmp_path, Pieces(), token_rate=10.0)
-    row = {"clip": "a.flac", "speed": 1.0, "semantic_ids": np.zeros(12), "input_ids": np.arange(5)}
+    alignments = Alignments(tmp_path, tokenizer, token_rate=10.0)
+    assert (
+        tokenizer.tokenize("Alone, so!") == ["▁AL", "ONE", ",", "▁SO", "!"]
+        and ids("so!")[-1] == tokenizer.unk_token_id
+    )
+    row = {"clip": "a.flac", "speed": 1.0, "semantic_ids": np.zeros(12), "input_ids": ids("Alone, so!")}
     unknown = [-100] * 12
     assert alignments.text_positions(row).tolist() == unknown
-    # "Alone, so!": the sounds of a word by its letters, a pause to the comma, and behind all the last piece.
+    # The sounds of a word by its letters, a pause to the comma, and behind all the last piece.
     (tmp_path / "a.json").write_text(json.dumps({"word_begins_s": [0.1, 0.8], "word_ends_s": [0.6, 1.0]}))
     assert alignments.text_positions(row).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4]
     # Half as fast again it is over sooner.
     fast = alignments.text_positions({**row, "speed": 1.5}).tolist()
     assert fast == [0, 0, 1, 1, 2, 3, 3] + [4] * 5
     # Another number of words, or a word without letters: nothing is known.
-    for ids in ([0, 1], [0, 1, 2, 3, 4, 3], [0, 1, 5]):
-        assert alignments.text_positions({**row, "input_ids": np.array(ids)}).tolist() == unknown
-    (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(ValueError, match="a.json cannot be used.*word_begins_s"):
-        alignments.text_positions(row)
+    for text in ("Alone", "Alone, so! so", "Alone -"):
+        assert alignments.text_positions({**row, "input_ids": ids(text)}).tolist() == unknown
+    for content in ("{}", '{"word_begins_s": [0.1, 0.8], "word_ends_s": [0.6]}'):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(ValueError, match="a.json cannot be used.*word_begins_s"):
+            alignments.text_positions(row)
 
 
-def test_text_positions_in_a_batch(tmp_path):
-    (tmp_path / "a1.json").write_text(json.dumps({"word_begins_s": [0.0], "word_ends_s": [0.02]}))
-    table = make_table(ROWS)
+def test_text_positions_in_a_batch(tokenizer, tmp_path):
+    ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("Alone"))
+    table = make_table(ROWS).map(lambda _: {"input_ids": ids})
     row = table[0]
-    pieces = Pieces()
-    pieces.convert_ids_to_tokens = lambda ids: ["▁A"] * 1 + ["B"] * (len(ids) - 1)
-    dataset = T2SDataset(table, seed=0, alignments=Alignments(tmp_path, pieces, token_rate=50.0))
+    (tmp_path / "a1.json").write_text(json.dumps({"word_begins_s": [0.0], "word_ends_s": [0.02]}))
+    dataset = T2SDataset(table, seed=0, alignments=Alignments(tmp_path, tokenizer, token_rate=50.0))
     batch = collate_t2s([dataset[0, 0], dataset[2, 1]])
     assert batch["text_positions"].shape == batch["labels"].shape
     assert (batch["text_positions"][0, : len(row["semantic_ids"])] >= 0).all()

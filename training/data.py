@@ -511,6 +511,8 @@ class Alignments:
         try:
             alignment = json.loads(path.read_text(encoding="utf-8"))
             begins, ends = (np.asarray(alignment[name], dtype=float) for name in ("word_begins_s", "word_ends_s"))
+            if len(begins) != len(ends):
+                raise ValueError(f"it has {len(begins)} begins and {len(ends)} ends")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"The alignment {path} cannot be used: {error!r}. It needs `word_begins_s` and `word_ends_s`, as many of each."
@@ -519,9 +521,9 @@ class Alignments:
         for piece in self.tokenizer.convert_ids_to_tokens(row["input_ids"].tolist()):
             if piece.startswith("▁") or not words:
                 words.append([])
-            words[-1].append(sum(character.isalnum() for character in piece))
-        words_with_letters = [word for word in words if sum(word)]
-        if not len(words) == len(words_with_letters) == len(begins) == len(ends):
+            is_known = piece != self.tokenizer.unk_token
+            words[-1].append(sum(character.isalnum() for character in piece) if is_known else 0)
+        if len(words) != len(begins) or not all(map(sum, words)):
             return unknown
         piece_ends = []
         for letters, begin, end, next_begin in zip(words, begins, ends, [*begins[1:], np.inf], strict=True):

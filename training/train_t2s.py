@@ -18,7 +18,7 @@ in training is up to so many tokens off the true count, so that neighbouring row
 
 With `--alignments` the first head of each block but the first is guided in its attention: it learns, as a cross-entropy beside the loss, to look at the
 piece of the text that is being spoken (supervised attention, after Tachibana et al. 2018, arXiv 1710.08969, who have a diagonal instead of
-alignments). A model from nothing learns to read much sooner by it. The model is the same with and without.
+alignments). It is meant for a model from nothing, which has to learn to read. The model is the same with and without.
 
 The paper states AdamW, the rate 2e-4, the 30 %, and what each stage trains. Batch, steps, schedule, weight of the speaker term,
 size of the classifier, weight of the text term (0.01, `text_loss_weight` of the checkpoint), the length jitter and the emotion
@@ -286,7 +286,7 @@ def main() -> None:
         if arguments.dropout is None
         else dict.fromkeys(["attn_pdrop", "resid_pdrop", "embd_pdrop"], arguments.dropout)
     )
-    # On a CPU the backward pass of torch's fused attention is slower than that of its parts: a fifth of the step.
+    # On a CPU the backward pass of torch's fused attention is slower than that of its parts.
     attention = {"attn_implementation": "eager"} if accelerator.device.type == "cpu" else {}
     t2s = load_part(IndexTTS2T2SForConditionalGeneration, run.base, "t2s", **dropout, **attention)
     if not t2s.config.use_length_row:
