@@ -129,13 +129,14 @@ def test_the_loss_by_hand(tiny_features, s2m, codec, t2s):
             inputs = {name: value for name, value in batch["t2s"].items() if name not in ("rows", "starts")}
             place = batch["t2s"]["rows"].index(row)
             inputs = {name: value[place : place + 1] for name, value in inputs.items()}
-            num_text, num_frames = int(inputs["attention_mask"].sum()), int(inputs["speaker_feature_lengths"])
-            features = inputs["speaker_features"][:, :num_frames]
+            num_text = int(inputs["attention_mask"].sum())
+            voice = inputs["speaker_features"][:, : int(inputs["speaker_feature_lengths"])]
+            feeling = inputs["emotion_features"][:, : int(inputs["emotion_feature_lengths"])]
             # As inference makes them: a prefix, then all the codes at once.
             prefix, mask = t2s.prepare_prefix(
                 inputs["input_ids"][:, :num_text],
-                speaker_latents=t2s.encode_speaker(features),
-                emotion_embeds=t2s.encode_emotion(features),
+                speaker_latents=t2s.encode_speaker(voice),
+                emotion_embeds=t2s.encode_emotion(feeling),
                 num_semantic_tokens=tokens,
             )
             ids = batch["semantic_ids"][row : row + 1, :tokens]
@@ -304,15 +305,88 @@ def test_the_voice_is_another_clip_of_the_speaker(tiny_features, tmp_path):
     assert torch.equal(alone[0, 0]["t2s"]["speaker_features"], features[5])
 
 
+def test_the_feeling_is_another_clip_of_the_same_label(tiny_features):
+    features = load_features(tiny_features, "train")
+    table = features.with_format(None)["speaker"]
+    alike = [row for row, speaker in enumerate(table) if speaker == table[5]]
+    labels = ["glad" if row in (5, alike[0], alike[-1]) else "grave" for row in range(len(features))]
+    labelled = features.remove_columns("emotion").add_column("emotion", labels).with_format("numpy")
+    from train_s2m import FlowMatchingDataset
+
+    dataset = FlowMatchingDataset(labelled, 0, FRAMES_PER_TOKEN, 2584, (0.1, 0.7), 1.0, 1.0)
+    arrays = [torch.tensor(row["semantic_features"]).float() for row in features]
+    chosen = set()
+    for draw in range(20):
+        feeling = dataset[5, draw]["t2s"]["emotion_features"]
+        (row,) = (row for row, item in enumerate(arrays) if torch.equal(item, feeling))
+        chosen.add(row)
+    assert chosen == {alike[0], alike[-1]} - {5}
+
+    # Without a label it is the voice.
+    unlabelled = features.remove_columns("emotion").add_column("emotion", [None] * len(features)).with_format("numpy")
+    inputs = FlowMatchingDataset(unlabelled, 0, FRAMES_PER_TOKEN, 2584, (0.1, 0.7), 1.0, 1.0)[5, 0]["t2s"]
+    assert torch.equal(inputs["emotion_features"], inputs["speaker_features"])
+
+
+def test_a_prompt_of_another_recording(tiny_features, codec, t2s):
+    """Its tokens, frames and voice stand before the whole utterance, whose tokens alone have the states of its text."""
+    features = load_features(tiny_features, "train")
+    dataset = make_dataset(
+        tiny_features, hidden_states_probability=1.0, other_prompt_probability=1.0, prompt_share=(0.3, 0.5)
+    )
+    for draw in range(6):
+        example, row = dataset[5, draw], features[5]
+        count, frames = example["num_prompt_tokens"], example["num_prompt_frames"]
+        assert torch.equal(example["semantic_ids"][count:], torch.tensor(row["semantic_ids"]).long())
+        assert torch.equal(example["mel"][frames:], torch.tensor(row["mel"]).float())
+        assert example["t2s"]["start"] == 0 and frames == int(count * FRAMES_PER_TOKEN)
+        found = [
+            torch.equal(example["speaker_embeds"], torch.tensor(other["speaker_embeds"]))
+            and torch.equal(example["t2s"]["speaker_features"], torch.tensor(other["semantic_features"]).float())
+            and any(
+                torch.equal(
+                    example["semantic_ids"][:count], torch.tensor(other["semantic_ids"][place : place + count]).long()
+                )
+                and torch.equal(
+                    example["mel"][:frames],
+                    torch.tensor(other["mel"]).float()[int(place * FRAMES_PER_TOKEN) :][:frames],
+                )
+                for place in range(len(other["semantic_ids"]) - count + 1)
+            )
+            for other in features
+        ]
+        assert sum(found) == 1 and not found[5]
+
+    # Together they are no longer than a crop.
+    cropped = make_dataset(
+        tiny_features,
+        hidden_states_probability=1.0,
+        other_prompt_probability=1.0,
+        max_frames=27,
+        prompt_share=(0.3, 0.5),
+    )
+    from train_s2m import collate, compute_hidden_states
+
+    examples = [cropped[index, index] for index in range(4)]
+    assert [len(example["semantic_ids"]) for example in examples] == [15] * 4
+    batch, whole = collate(examples), collate([dataset[index, index] for index in range(4)])
+    (states, is_used), (whole_states, _) = (compute_hidden_states(t2s, of) for of in (batch, whole))
+    for row, start in enumerate(batch["t2s"]["starts"]):
+        first = int(batch["num_prompt_tokens"][row])
+        whole_first = int(whole["num_prompt_tokens"][row]) + start
+        torch.testing.assert_close(states[row, first:15], whole_states[row, whole_first : whole_first + 15 - first])
+        assert is_used[row].tolist() == [False] * first + [True] * (15 - first)
+
+
 def test_long_utterances_are_cropped_tokens_and_frames_together(tiny_features, codec, t2s):
-    whole = make_dataset(tiny_features, hidden_states_probability=1.0)
+    whole = make_dataset(tiny_features, hidden_states_probability=1.0, prompt_share=(0.01, 0.01))
     cropped = make_dataset(tiny_features, hidden_states_probability=1.0, max_frames=27)
     assert set(cropped.lengths) == {15}
     assert cropped.duration_s == pytest.approx(12 * 15 / 50)
     starts = set()
     for draw in range(12):
         example, original = cropped[2, draw], whole[2, draw]
-        start = example["t2s"]["start"]
+        start = example["t2s"]["start"] - example["num_prompt_tokens"]
         starts.add(start)
         first_frame = int(start * FRAMES_PER_TOKEN)
         assert torch.equal(example["semantic_ids"], original["semantic_ids"][start : start + 15])
@@ -327,8 +401,10 @@ def test_long_utterances_are_cropped_tokens_and_frames_together(tiny_features, c
     states, is_used = compute_hidden_states(t2s, batch)
     whole_states, _ = compute_hidden_states(t2s, whole_batch)
     for row, start in enumerate(batch["t2s"]["starts"]):
-        torch.testing.assert_close(states[row], whole_states[row, start : start + 15])
         num_prompt_tokens = int(batch["num_prompt_tokens"][row])
+        whole_start, num_tokens = whole_batch["t2s"]["starts"][row], 15 - num_prompt_tokens
+        first = int(whole_batch["num_prompt_tokens"][row]) + start - whole_start
+        torch.testing.assert_close(states[row, num_prompt_tokens:15], whole_states[row, first : first + num_tokens])
         assert is_used[row].tolist() == [False] * num_prompt_tokens + [True] * (15 - num_prompt_tokens)
 
 

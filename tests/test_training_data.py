@@ -496,6 +496,31 @@ def test_a_count_with_jitter_has_a_row_of_its_own():
         assert set(collate_t2s(examples)["num_semantic_tokens"].tolist()) == told
 
 
+@pytest.mark.parametrize("probability", [0.25, 1.0])
+def test_wrong_runs_are_read_and_what_is_to_be_said_stays(probability):
+    options = {"seed": 0, "with_emotion": True, "length_jitter": 2}
+    table = make_table(ROWS).map(lambda _: {"semantic_ids": list(range(42)), "num_semantic_tokens": 42})
+    true, wrong = (
+        T2SDataset(table.with_format("numpy"), **options, wrong_history_probability=p) for p in (0.0, probability)
+    )
+    ours, theirs = ([dataset[6, draw] for draw in range(200)] for dataset in (wrong, true))
+    batch, true_batch = collate_t2s(ours), collate_t2s(theirs)
+    read_ids = batch.pop("semantic_ids")
+    assert batch.pop("ids") == true_batch.pop("ids") and "semantic_ids" not in true_batch
+    for name, value in batch.items():
+        assert torch.equal(value, true_batch[name]), name
+    # Four tokens at a time, the last two as well, from anywhere in the clip.
+    is_true = read_ids == batch["labels"]
+    shifts = (read_ids - batch["labels"]) % 42
+    runs = [shifts[:, start : start + 4] for start in range(0, 42, 4)]
+    assert all((run == run[:, :1]).all() for run in runs)
+    assert set(shifts.flatten().tolist()) == set(range(42))
+    # One of 42 places is the right one.
+    assert 1 - is_true.float().mean() == pytest.approx(probability * 41 / 42, abs=0.03)
+    other = pickle.loads(pickle.dumps(wrong))
+    assert torch.equal(other[6, 11]["read_ids"], ours[11]["read_ids"])
+
+
 def test_without_length_jitter_the_draws_are_as_ever():
     """What these draws gave before there was a jitter."""
     dataset = T2SDataset(make_table(ROWS), seed=0, with_emotion=True)

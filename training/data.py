@@ -474,6 +474,10 @@ def draw_generator(seed: int, draw: int) -> np.random.Generator:
 # --- examples of the text-to-semantic transformer ------------------------------------------------------------------------
 
 
+# Tokens of the history that are wrong together.
+WRONG_RUN = 4
+
+
 class Alignments:
     r"""
     Which piece of the text is spoken at each semantic token, from when its words are.
@@ -551,6 +555,7 @@ class T2SDataset(Dataset):
             two of a speaker.
         length_jitter (`int`, defaults to 0): how many tokens a told count may be off the true one, either way.
         max_semantic_tokens (`int`, *optional*): of the model: a count with jitter is at most this, and at least 1.
+        wrong_history_probability (`float`, defaults to 0.0): how often `WRONG_RUN` tokens that are read are some of elsewhere.
         alignments (`Alignments`, *optional*): where each piece of the text is spoken; gives `text_positions`.
 
     Raises:
@@ -567,6 +572,7 @@ class T2SDataset(Dataset):
         length_jitter: int = 0,
         max_semantic_tokens: int | None = None,
         alignments: Alignments | None = None,
+        wrong_history_probability: float = 0.0,
     ):
         rows = range(len(features))
         if prompts is not None:
@@ -578,6 +584,7 @@ class T2SDataset(Dataset):
         self.length_jitter = length_jitter
         self.max_semantic_tokens = max_semantic_tokens
         self.alignments = alignments
+        self.wrong_history_probability = wrong_history_probability
         table = features.with_format(None).select_columns(["clip", "speaker", "emotion", "num_semantic_tokens"])
         self.clips, self.speakers, self.emotions, lengths = (list(table[name]) for name in table.column_names)
         self.speaker_names = sorted(set(self.speakers))
@@ -635,7 +642,18 @@ class T2SDataset(Dataset):
             count = max(1, example["num_semantic_tokens"] + jitter)
             limit = self.max_semantic_tokens
             example["num_semantic_tokens"] = count if limit is None else min(count, limit)
+        if self.wrong_history_probability:
+            example["read_ids"] = self._with_wrong_runs(example["semantic_ids"], rng)
         return example
+
+    def _with_wrong_runs(self, semantic_ids: torch.LongTensor, rng: np.random.Generator) -> torch.LongTensor:
+        """Tokens of which runs were replaced by runs of the same clip: voice and manner stay, what is said does not."""
+        places = np.arange(len(semantic_ids))
+        runs = places // WRONG_RUN
+        is_wrong = rng.random(runs[-1] + 1) < self.wrong_history_probability
+        sources = rng.integers(len(semantic_ids), size=runs[-1] + 1)
+        elsewhere = (sources[runs] + places % WRONG_RUN) % len(semantic_ids)
+        return semantic_ids[torch.from_numpy(np.where(is_wrong[runs], elsewhere, places))]
 
 
 def collate_t2s(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -658,6 +676,8 @@ def collate_t2s(examples: list[dict[str, Any]]) -> dict[str, Any]:
     if "text_positions" in examples[0]:
         positions = [example["text_positions"] for example in examples]
         batch["text_positions"] = pad_sequence(positions, batch_first=True, padding_value=-100)
+    if "read_ids" in examples[0]:
+        batch["semantic_ids"] = pad_sequence([example["read_ids"] for example in examples], batch_first=True)
     for name in ("speaker", "emotion"):
         if f"{name}_features" in examples[0]:
             rows = [example[f"{name}_features"] for example in examples]

@@ -179,6 +179,7 @@ class Preparer:
         for name in ("semantic_encoder", "semantic_codec", "speaker_encoder"):
             check_weights(parts[name], str(folder / name), read_weight_shapes(str(folder / name)))
         self.pipeline = IndexTTS2SemanticToMelPipeline(**parts).to(settings.device)
+        self.device = self.pipeline.device  # which it looks for in all its modules
         self.tokenizer = IndexTTS2Processor.from_pretrained(folder).tokenizer
         self.t2s = IndexTTS2T2SConfig.from_pretrained(folder, subfolder="t2s")
         self.columns = feature_columns(parts["semantic_codec"].feature_size, parts["s2m"].config.num_mel_bins)
@@ -260,7 +261,7 @@ class Preparer:
         inputs = pipeline.feature_extractor(speaker_audio=(waveform, sampling_rate))
         features = pipeline.encode_features(inputs["speaker_input_features"], inputs["speaker_attention_mask"])
         semantic_ids = pipeline.semantic_codec.encode(features[None]).semantic_ids[0]
-        speaker_embeds = pipeline.speaker_encoder(inputs["speaker_fbank"].to(pipeline.device)).speaker_embeds[0]
+        speaker_embeds = pipeline.speaker_encoder(inputs["speaker_fbank"].to(self.device)).speaker_embeds[0]
         if len(semantic_ids) > self.t2s.max_semantic_tokens:
             raise Skipped(
                 "too many semantic tokens",

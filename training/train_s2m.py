@@ -11,8 +11,13 @@ Each utterance is cut at random into a prompt and a target. The network sees the
 the target's mel mixed with noise, and learns the way from the noise to the mel. In half of the draws, what the target says comes
 with the hidden states of the checkpoint's own text-to-semantic transformer: train that one first.
 
+A prompt of the same utterance is as loud and as high as the target. In speech with emotion it would tell level, tilt and pitch, which
+then need not be learnt from tokens and states; with `--other_prompt_probability` it comes from another recording of the speaker, as it does
+in inference.
+
 The paper states the random cut, the three conditions, the 0.5 and the L1 loss. The released code states the uniform times and the
-0.1 of dropped conditions. Where utterances are cut, the shift of times, batch, rate, steps and schedule are ours.
+0.1 of dropped conditions. Where utterances are cut, prompts of other recordings, the shift of times, batch, rate, steps and schedule
+are ours.
 """
 
 import argparse
@@ -57,6 +62,12 @@ def parse() -> argparse.Namespace:
         help="how much of an utterance is the prompt (ours: %(default)s)",
     )
     parser.add_argument(
+        "--other_prompt_probability",
+        type=float,
+        default=0.0,
+        help="how often the prompt is of another recording of the speaker, and the whole utterance the target (ours: %(default)s)",
+    )
+    parser.add_argument(
         "--max_frames",
         type=positive_int,
         default=2584,
@@ -96,7 +107,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--max_frames is {arguments.max_frames}, but an utterance needs a second, which is 86 frames")
     if not 0.0 < arguments.timestep_shift <= 100.0:
         parser.error(f"--timestep_shift is {arguments.timestep_shift}, but needs a number above 0, at most 100")
-    for name in ("t2s_hidden_states_probability", "condition_dropout"):
+    for name in ("t2s_hidden_states_probability", "condition_dropout", "other_prompt_probability"):
         if not 0.0 <= getattr(arguments, name) <= 1.0:
             parser.error(f"--{name} is {getattr(arguments, name)}, but a probability is a number from 0 to 1")
     return arguments
@@ -107,7 +118,7 @@ def parse() -> argparse.Namespace:
 
 class FlowMatchingDataset(Dataset):
     r"""
-    Utterances cut into a prompt and a target, each with its noise and its time.
+    Utterances cut into a prompt and a target, or behind a prompt of another recording of the speaker, each with its noise and its time.
 
     Args:
         features (`datasets.Dataset`): from `load_features`.
@@ -118,6 +129,7 @@ class FlowMatchingDataset(Dataset):
         timestep_shift (`float`): 1 draws times evenly; above 1 they are nearer to 0, the noise.
         hidden_states_probability (`float`): how often an example comes with the inputs of the T2S.
         condition_dropout (`float`, defaults to 0.0): how often it has no conditions.
+        other_prompt_probability (`float`, defaults to 0.0): how often the prompt is of another recording, where there is one.
         num_rows (`int`, *optional*): only so many utterances, spread evenly.
     """
 
@@ -131,6 +143,7 @@ class FlowMatchingDataset(Dataset):
         timestep_shift: float,
         hidden_states_probability: float,
         condition_dropout: float = 0.0,
+        other_prompt_probability: float = 0.0,
         num_rows: int | None = None,
     ):
         self.seed = seed
@@ -140,13 +153,16 @@ class FlowMatchingDataset(Dataset):
         self.timestep_shift = timestep_shift
         self.hidden_states_probability = hidden_states_probability
         self.condition_dropout = condition_dropout
+        self.other_prompt_probability = other_prompt_probability
         # The features of a target are large and not needed; those of a voice are all that is.
         self.utterances = features.select_columns(["input_ids", "semantic_ids", "mel", "speaker_embeds"])
         self.voices = features.select_columns(["semantic_features"])
         table = features.with_format(None).select_columns(
-            ["clip", "speaker", "num_semantic_tokens", "duration_s", "speed"]
+            ["clip", "speaker", "emotion", "num_semantic_tokens", "duration_s", "speed"]
         )
-        self.clips, self.speakers, lengths, durations, speeds = (list(table[name]) for name in table.column_names)
+        self.clips, self.speakers, self.emotions, lengths, durations, speeds = (
+            list(table[name]) for name in table.column_names
+        )
         self.rows_of_speaker: dict[str, list[int]] = defaultdict(list)
         for row, speaker in enumerate(self.speakers):
             self.rows_of_speaker[speaker].append(row)
@@ -172,22 +188,35 @@ class FlowMatchingDataset(Dataset):
         rng = draw_generator(self.seed, draw)
         row = self.targets[index]
         utterance = self.utterances[row]
-        whole_ids = torch.as_tensor(utterance["semantic_ids"]).long()
-        mel = torch.as_tensor(utterance["mel"]).float()
 
         # Everything is drawn whether it is used or not: one option does not change what another one does.
-        crop, share, time, no_conditions, with_states, voice = rng.random(6).tolist()
+        crop, share, time, no_conditions, with_states, voice, feeling, other_prompt, place = rng.random(9).tolist()
 
-        start = int(crop * (max(0, len(whole_ids) - self.max_tokens) + 1))
-        semantic_ids = whole_ids[start : start + self.max_tokens]
-        if len(semantic_ids) < len(whole_ids):
-            first_frame = int(start * self.mel_frames_per_token)
-            mel = mel[first_frame : first_frame + int(self.max_tokens * self.mel_frames_per_token)]
+        # As in inference, voice and prompt are of one recording.
+        others = [other for other in self.rows_of_speaker[self.speakers[row]] if self.clips[other] != self.clips[row]]
+        voice_row = others[int(voice * len(others))] if others else row
+
+        whole_ids = torch.as_tensor(utterance["semantic_ids"]).long()
+        mel = torch.as_tensor(utterance["mel"]).float()
         least, most = self.prompt_share
-        num_prompt_tokens = round((least + share * (most - least)) * len(semantic_ids))
-        num_prompt_tokens = min(max(num_prompt_tokens, 1), len(semantic_ids) - 1)
-        # All frames behind the prompt are the target's: the regulator learns how long speech really is.
-        num_prompt_frames = min(int(num_prompt_tokens * self.mel_frames_per_token), len(mel) - 1)
+        num_tokens = min(len(whole_ids), self.max_tokens)
+        num_prompt_tokens = min(max(round((least + share * (most - least)) * num_tokens), 1), num_tokens - 1)
+        speaker_embeds = torch.as_tensor(utterance["speaker_embeds"]).float()
+        if others and other_prompt < self.other_prompt_probability:
+            prompt = self.utterances[voice_row]
+            prompt_ids = torch.as_tensor(prompt["semantic_ids"]).long()
+            prompt_mel = torch.as_tensor(prompt["mel"]).float()
+            speaker_embeds = torch.as_tensor(prompt["speaker_embeds"]).float()
+            num_prompt_tokens = min(num_prompt_tokens, len(prompt_ids))
+            prompt_ids, prompt_mel, _ = self._cut(prompt_ids, prompt_mel, num_prompt_tokens, place)
+            semantic_ids, mel, start = self._cut(whole_ids, mel, self.max_tokens - num_prompt_tokens, crop)
+            num_prompt_frames = len(prompt_mel)
+            semantic_ids, mel = torch.cat([prompt_ids, semantic_ids]), torch.cat([prompt_mel, mel])
+        else:
+            semantic_ids, mel, start = self._cut(whole_ids, mel, self.max_tokens, crop)
+            start += num_prompt_tokens
+            # All frames behind the prompt are the target's: the regulator learns how long speech really is.
+            num_prompt_frames = min(int(num_prompt_tokens * self.mel_frames_per_token), len(mel) - 1)
 
         example = {
             "id": self.clips[row],
@@ -195,7 +224,7 @@ class FlowMatchingDataset(Dataset):
             "num_prompt_tokens": num_prompt_tokens,
             "mel": mel,
             "num_prompt_frames": num_prompt_frames,
-            "speaker_embeds": torch.as_tensor(utterance["speaker_embeds"]).float(),
+            "speaker_embeds": speaker_embeds,
             # A mel's values spread more widely than those of the noise: it is seen early, and even times teach little of what is said.
             # The shift is that of Stable Diffusion 3 (arXiv:2403.03206, section 5.3.2).
             "timestep": time / (time + self.timestep_shift * (1.0 - time)),
@@ -204,16 +233,28 @@ class FlowMatchingDataset(Dataset):
             "is_unconditional": no_conditions < self.condition_dropout,
         }
         if with_states < self.hidden_states_probability:
-            rows = self.rows_of_speaker[self.speakers[row]]
-            others = [other for other in rows if self.clips[other] != self.clips[row]] or [row]
-            features = self.voices[others[int(voice * len(others))]]["semantic_features"]
+            # As in stages 2 and 3 of T2S: a clip of the same emotion. Without one, the voice's own recording.
+            alike = [other for other in others if self.emotions[row] and self.emotions[other] == self.emotions[row]]
+            emotion_row = alike[int(feeling * len(alike))] if alike else voice_row
             example["t2s"] = {
                 "start": start,
                 "input_ids": torch.as_tensor(utterance["input_ids"]).long(),
                 "semantic_ids": whole_ids,
-                "speaker_features": torch.as_tensor(features).float(),
+                "speaker_features": torch.as_tensor(self.voices[voice_row]["semantic_features"]).float(),
+                "emotion_features": torch.as_tensor(self.voices[emotion_row]["semantic_features"]).float(),
             }
         return example
+
+    def _cut(
+        self, semantic_ids: torch.LongTensor, mel: torch.Tensor, num_tokens: int, place: float
+    ) -> tuple[torch.LongTensor, torch.Tensor, int]:
+        """At most `num_tokens` of an utterance with their frames, at a `place` from 0 to 1; and the first one's number."""
+        if num_tokens >= len(semantic_ids):
+            return semantic_ids, mel, 0
+        start = int(place * (len(semantic_ids) - num_tokens + 1))
+        first_frame = int(start * self.mel_frames_per_token)
+        mel = mel[first_frame : first_frame + int(num_tokens * self.mel_frames_per_token)]
+        return semantic_ids[start : start + num_tokens], mel, start
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -238,8 +279,9 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
             "attention_mask": pad_sequence([torch.ones_like(part["input_ids"]) for part in parts], batch_first=True),
             "num_semantic_tokens": torch.tensor([len(part["semantic_ids"]) for part in parts]),
             "speaker_feature_lengths": torch.tensor([len(part["speaker_features"]) for part in parts]),
+            "emotion_feature_lengths": torch.tensor([len(part["emotion_features"]) for part in parts]),
         }
-        for name in ("input_ids", "semantic_ids", "speaker_features"):
+        for name in ("input_ids", "semantic_ids", "speaker_features", "emotion_features"):
             batch["t2s"][name] = pad_sequence([part[name] for part in parts], batch_first=True)
     return batch
 
@@ -328,8 +370,8 @@ def compute_hidden_states(
     t2s: IndexTTS2T2SForConditionalGeneration, batch: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.BoolTensor]:
     """
-    T2S states of the tokens of a batch, read with their text and another clip's voice as if they had been generated, zero where
-    they are not asked for; and the target tokens to which they are added.
+    T2S states of the target's tokens, read with their text, and with voice and emotion of other clips, as if they had been generated,
+    zero where they are not asked for; and the tokens to which they are added.
     """
     states = batch["mel"].new_zeros((*batch["semantic_ids"].shape, t2s.config.hidden_size))
     is_used = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
@@ -338,17 +380,15 @@ def compute_hidden_states(
         rows, starts = inputs.pop("rows"), inputs.pop("starts")
         output = t2s(
             **inputs,
-            # Without an emotion reference, the voice's own recording is one.
-            emotion_features=inputs["speaker_features"],
-            emotion_feature_lengths=inputs["speaker_feature_lengths"],
             use_cache=False,
             logits_to_keep=1,  # only the states are wanted
         )
         whole_states = output.last_hidden_state[:, :-1].float()
         lengths, num_prompt_tokens = batch["semantic_lengths"].tolist(), batch["num_prompt_tokens"].tolist()
         for row, start, of_row in zip(rows, starts, whole_states, strict=True):
-            states[row, : lengths[row]] = of_row[start : start + lengths[row]]
-            is_used[row, num_prompt_tokens[row] : lengths[row]] = True
+            prompt, length = num_prompt_tokens[row], lengths[row]
+            states[row, prompt:length] = of_row[start : start + length - prompt]
+            is_used[row, prompt:length] = True
     return states, is_used
 
 
@@ -475,7 +515,9 @@ def main() -> None:
     train_features, held_out_features = (
         load_features(arguments.data, split, run.base) for split in ("train", "validation")
     )
-    train_set = FlowMatchingDataset(train_features, *settings, probability, arguments.condition_dropout)
+    train_set = FlowMatchingDataset(
+        train_features, *settings, probability, arguments.condition_dropout, arguments.other_prompt_probability
+    )
     held_out_set = FlowMatchingDataset(held_out_features, *settings, probability)
     # As in inference: with hidden states always, if ever.
     generated_set = FlowMatchingDataset(

@@ -569,6 +569,13 @@ class IndexTTS2FeatureExtractor(FeatureExtractionMixin):
                 mel_fmax=self.mel_fmax,
             )
             features["speaker_fbank"] = (fbank - fbank.mean(dim=0))[None]
+        if emotion_audio is None and self.sampling_rate == self.semantic_sampling_rate:
+            # Both ways are the same one.
+            features |= {
+                name.replace("speaker", "emotion"): features[name]
+                for name in ("speaker_input_features", "speaker_attention_mask")
+            }
+            return BatchFeature(features, tensor_type=return_tensors)
         if emotion_audio is not None:
             clip = self._load_clip("emotion_audio", emotion_audio)
         features |= self._semantic_input("emotion", self._resample_clip(*clip, self.semantic_sampling_rate))

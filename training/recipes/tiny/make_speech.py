@@ -96,18 +96,19 @@ for number in range(NUM_OTHER_VOICES):
 SHIPPED_RECORDINGS = ("heart", "low", "bright")
 # In the directions that are known of acted speech (Scherer 2003, table 5: pitch, range, rate, level, high frequencies).
 MANNERS = {
-    "happy": Manner(1.18, 1.4, 1.08, 1.5, 1.0),
-    "angry": Manner(1.12, 1.35, 1.12, 3.0, 4.0),
-    "sad": Manner(0.88, 0.55, 0.82, -3.0, -4.0),
+    "happy": Manner(1.22, 1.5, 1.12, 1.5, 2.0),
+    "angry": Manner(1.15, 1.45, 1.15, 3.0, 4.0),
+    "sad": Manner(0.86, 0.5, 0.8, -3.0, -5.0),
     "afraid": Manner(1.25, 0.8, 1.15, 0.0, -1.0, 3.0),
     "disgusted": Manner(0.9, 1.15, 0.88, -1.0, 1.0),
-    "melancholic": Manner(0.93, 0.7, 0.88, -2.0, -3.0),
-    "surprised": Manner(1.3, 1.5, 1.0, 1.0, 1.0),
-    "calm": Manner(0.97, 0.75, 0.93, -1.5, -2.0),
+    "melancholic": Manner(0.93, 0.7, 0.85, -2.0, -3.0),
+    "surprised": Manner(1.3, 1.6, 1.0, 1.0, 1.0),
+    "calm": Manner(0.94, 0.65, 0.88, -1.5, -3.0),
 }
-# Of the sentences; the rest is neutral. Both have a random tempo.
-MANNER_SHARE = 0.4
-SPEEDS = (0.75, 1.15)
+# Of the sentences: with a manner, or neutral in a random tempo; the rest is neutral in the teacher's own. A manner has its own tempo
+# alone: where that of neutral speech varies more than a manner changes it, no model can tell them apart.
+MANNER_SHARE, TEMPO_SHARE = 0.5, 0.25
+SPEEDS = (0.78, 1.25)
 
 
 def choose(sentence: str) -> tuple[str, str | None, float]:
@@ -117,8 +118,9 @@ def choose(sentence: str) -> tuple[str, str | None, float]:
     voice = rng.choice(list(VOICES), p=[voice.share for voice in VOICES.values()])
     speed = float(np.exp(rng.uniform(*np.log(SPEEDS))))
     manner = rng.choice(list(MANNERS))
-    has_manner = rng.random() < MANNER_SHARE
-    return str(voice), str(manner) if has_manner else None, speed
+    share = rng.random()
+    has_tempo = MANNER_SHARE <= share < MANNER_SHARE + TEMPO_SHARE
+    return str(voice), str(manner) if share < MANNER_SHARE else None, speed if has_tempo else 1.0
 
 
 class Teacher:
