@@ -331,6 +331,24 @@ def test_emotion_is_read_straight_and_alone(extractor):
     assert torch.equal(other["speaker_input_features"], both["speaker_input_features"])
 
 
+@pytest.mark.parametrize("sampling_rate", [16000, 24000])
+def test_at_one_rate_both_paths_are_one(monkeypatch, sampling_rate):
+    """A checkpoint at 16 kHz hears a clip once, and as it hears an emotion clip."""
+    extractor = IndexTTS2FeatureExtractor(sampling_rate=16000)
+    clip = (tone(1.3, sampling_rate), sampling_rate)
+    alone = extractor(emotion_audio=clip)
+    calls = []
+    hear = IndexTTS2FeatureExtractor._semantic_input
+    monkeypatch.setattr(
+        IndexTTS2FeatureExtractor, "_semantic_input", lambda *given: calls.append(given[1]) or hear(*given)
+    )
+    both = extractor(clip)
+    assert calls == ["speaker"]
+    for name in ("input_features", "attention_mask"):
+        assert torch.equal(both[f"emotion_{name}"], alone[f"emotion_{name}"])
+        assert torch.equal(both[f"emotion_{name}"], both[f"speaker_{name}"])
+
+
 def test_odd_number_of_frames_masks_the_half_frame(extractor):
     features = extractor(emotion_audio=(tone(1.1, 16000)[: 400 + 98 * 160], 16000))
     assert features["emotion_input_features"].shape == (1, 50, 160)
