@@ -328,7 +328,7 @@ def test_the_feeling_is_another_clip_of_the_same_label(tiny_features):
     assert torch.equal(inputs["emotion_features"], inputs["speaker_features"])
 
 
-def test_a_prompt_of_another_recording(tiny_features, codec, t2s):
+def test_a_prompt_of_another_recording(tiny_features, t2s):
     """Its tokens, frames and voice stand before the whole utterance, whose tokens alone have the states of its text."""
     features = load_features(tiny_features, "train")
     dataset = make_dataset(

@@ -533,7 +533,8 @@ class IndexTTS2FeatureExtractor(FeatureExtractionMixin):
                 The voice, in any form that `load_audio` takes.
             emotion_audio (`AudioInput`, *optional*):
                 The feeling. By default `speaker_audio`, read the way an emotion clip is read: straight to 16 kHz, while
-                the speaker path comes there through 22.05 kHz. The two differ a little and both are needed.
+                the speaker path comes there through `sampling_rate`, 22.05 kHz. The two differ a little and both are
+                needed; where that is 16 kHz too they are the same, and made once.
             return_tensors (`str`, *optional*, defaults to `"pt"`):
                 `"pt"` or `"np"`.
 
@@ -571,14 +572,12 @@ class IndexTTS2FeatureExtractor(FeatureExtractionMixin):
             features["speaker_fbank"] = (fbank - fbank.mean(dim=0))[None]
         if emotion_audio is None and self.sampling_rate == self.semantic_sampling_rate:
             # Both ways are the same one.
-            features |= {
-                name.replace("speaker", "emotion"): features[name]
-                for name in ("speaker_input_features", "speaker_attention_mask")
-            }
-            return BatchFeature(features, tensor_type=return_tensors)
-        if emotion_audio is not None:
-            clip = self._load_clip("emotion_audio", emotion_audio)
-        features |= self._semantic_input("emotion", self._resample_clip(*clip, self.semantic_sampling_rate))
+            for name in ("input_features", "attention_mask"):
+                features[f"emotion_{name}"] = features[f"speaker_{name}"]
+        else:
+            if emotion_audio is not None:
+                clip = self._load_clip("emotion_audio", emotion_audio)
+            features |= self._semantic_input("emotion", self._resample_clip(*clip, self.semantic_sampling_rate))
         return BatchFeature(features, tensor_type=return_tensors)
 
     def _load_clip(self, name: str, audio: AudioInput) -> tuple[np.ndarray, int]:

@@ -106,7 +106,7 @@ MANNERS = {
     "calm": Manner(0.94, 0.65, 0.88, -1.5, -3.0),
 }
 # Of the sentences: with a manner, or neutral in a random tempo; the rest is neutral in the teacher's own. A manner has its own tempo
-# alone: where that of neutral speech varies more than a manner changes it, no model can tell them apart.
+# alone, so that chance does not vary it by more than the manner changes it.
 MANNER_SHARE, TEMPO_SHARE = 0.5, 0.25
 SPEEDS = (0.78, 1.25)
 
