@@ -64,6 +64,20 @@ def test_texts(monkeypatch, tmp_path):
     assert load("make_texts").is_held_out(held_out[0]) and not load("make_texts").is_held_out(train[0])
 
 
+def test_recordings_are_cut_at_pauses():
+    """Twelve words of half a second; the longest pause that leaves enough on both sides parts them."""
+    cut = load("cut_readers").cut
+    pauses = [0.1] * 11
+    pauses[1], pauses[5], pauses[8] = 0.9, 0.6, 0.3  # the first one is too near the beginning
+    begins = [0.5 * word + sum(pauses[:word]) for word in range(12)]
+    ends = [begin + 0.5 for begin in begins]
+    assert cut(begins, ends) == [(0, 6), (6, 12)]
+    assert cut(begins[:6], ends[:6]) == [(0, 6)]
+    assert cut(begins[:2], ends[:2]) == []
+    # Nothing of at least two seconds is on both sides of any pause.
+    assert cut([0.0, 5.0], [4.0, 6.5]) == []
+
+
 def test_voices_and_manners_are_drawn_as_wanted():
     make_speech = load("make_speech")
     assert sum(voice.share for voice in make_speech.VOICES.values()) == pytest.approx(1)

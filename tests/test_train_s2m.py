@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -326,6 +327,27 @@ def test_the_feeling_is_another_clip_of_the_same_label(tiny_features):
     unlabelled = features.remove_columns("emotion").add_column("emotion", [None] * len(features)).with_format("numpy")
     inputs = FlowMatchingDataset(unlabelled, 0, FRAMES_PER_TOKEN, 2584, (0.1, 0.7), 1.0, 1.0)[5, 0]["t2s"]
     assert torch.equal(inputs["emotion_features"], inputs["speaker_features"])
+
+
+def test_speakers_of_few_utterances_come_more_often(tiny_features):
+    """Their utterances are repeated, as evenly as it goes; nobody's become fewer."""
+    dataset = make_dataset(tiny_features)
+    counts = Counter(dataset.targets)
+    of_speaker = Counter(dataset.speakers[row] for row in dataset.targets)
+    least = max(of_speaker.values()) + 3
+    repeated = make_dataset(tiny_features, least_rows_per_speaker=least)
+    assert len(repeated) == len(repeated.lengths) == least * len(of_speaker)
+    assert set(Counter(repeated.speakers[row] for row in repeated.targets).values()) == {least}
+    repeats = Counter(repeated.targets)
+    assert repeats.keys() == counts.keys()
+    for speaker in of_speaker:
+        numbers = [repeats[row] for row in repeats if repeated.speakers[row] == speaker]
+        assert max(numbers) - min(numbers) <= 1
+    assert torch.equal(
+        repeated[len(repeated) - 1, 0]["semantic_ids"],
+        dataset[dataset.targets.index(repeated.targets[-1]), 0]["semantic_ids"],
+    )
+    assert make_dataset(tiny_features, least_rows_per_speaker=1).targets == dataset.targets
 
 
 def test_a_prompt_of_another_recording(tiny_features, t2s):

@@ -68,6 +68,12 @@ def parse() -> argparse.Namespace:
         help="how often the prompt is of another recording of the speaker, and the whole utterance the target (ours: %(default)s)",
     )
     parser.add_argument(
+        "--least_rows_per_speaker",
+        type=positive_int,
+        default=1,
+        help="a speaker with fewer utterances comes as often as one with so many (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max_frames",
         type=positive_int,
         default=2584,
@@ -131,6 +137,7 @@ class FlowMatchingDataset(Dataset):
         condition_dropout (`float`, defaults to 0.0): how often it has no conditions.
         other_prompt_probability (`float`, defaults to 0.0): how often the prompt is of another recording, where there is one.
         num_rows (`int`, *optional*): only so many utterances, spread evenly.
+        least_rows_per_speaker (`int`, defaults to 1): the utterances of a speaker with fewer are repeated up to so many.
     """
 
     def __init__(
@@ -145,6 +152,7 @@ class FlowMatchingDataset(Dataset):
         condition_dropout: float = 0.0,
         other_prompt_probability: float = 0.0,
         num_rows: int | None = None,
+        least_rows_per_speaker: int = 1,
     ):
         self.seed = seed
         self.mel_frames_per_token = mel_frames_per_token
@@ -174,6 +182,11 @@ class FlowMatchingDataset(Dataset):
             )
         num_rows = min(num_rows or len(rows), len(rows))
         self.targets = [rows[number * len(rows) // num_rows] for number in range(num_rows)]
+        of_speaker: dict[str, list[int]] = defaultdict(list)
+        for row in self.targets:
+            of_speaker[self.speakers[row]].append(row)
+        for rows in of_speaker.values():
+            self.targets += [rows[number % len(rows)] for number in range(len(rows), least_rows_per_speaker)]
         self.lengths = [min(lengths[row], self.max_tokens) for row in self.targets]
         self.duration_s = sum(
             durations[row] * length / lengths[row] for row, length in zip(self.targets, self.lengths, strict=True)
@@ -516,7 +529,12 @@ def main() -> None:
         load_features(arguments.data, split, run.base) for split in ("train", "validation")
     )
     train_set = FlowMatchingDataset(
-        train_features, *settings, probability, arguments.condition_dropout, arguments.other_prompt_probability
+        train_features,
+        *settings,
+        probability,
+        arguments.condition_dropout,
+        arguments.other_prompt_probability,
+        least_rows_per_speaker=arguments.least_rows_per_speaker,
     )
     held_out_set = FlowMatchingDataset(held_out_features, *settings, probability)
     # As in inference: with hidden states always, if ever.
