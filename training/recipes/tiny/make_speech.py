@@ -78,9 +78,9 @@ class Manner:
 VOICES = {
     "heart": Voice(0.2),
     "low": Voice(0.12, pitch=0.75, formants=0.93),
-    "deep": Voice(0.12, pitch=0.68, formants=0.88),
+    "deep": Voice(0.12, pitch=0.5, formants=0.83),
     "bright": Voice(0.12, pitch=1.12, formants=1.08),
-    "child": Voice(0.12, pitch=1.36, formants=1.1),
+    "child": Voice(0.12, pitch=1.3, formants=1.17),
 }
 SHIPPED_VOICES = tuple(VOICES)
 # And a few dozen that differ in pitch and in the length of the vocal tract, so that a voice is learnt as something that varies.
