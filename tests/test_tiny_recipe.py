@@ -66,6 +66,7 @@ def test_texts(monkeypatch, tmp_path):
 
 def test_recordings_are_cut_at_pauses():
     """Twelve words of half a second; the longest pause that leaves enough on both sides parts them."""
+    load("join_data")  # which it imports
     cut = load("cut_readers").cut
     pauses = [0.1] * 11
     pauses[1], pauses[5], pauses[8] = 0.9, 0.6, 0.3  # the first one is too near the beginning

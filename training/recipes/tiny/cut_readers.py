@@ -3,10 +3,10 @@ Cuts the recordings of real readers into pieces of a few seconds, each with its 
 
     python training/recipes/tiny/cut_readers.py REAL OUTPUT
 
-`REAL` is an audio folder whose manifest has the columns `speaker`, `language` and `duration_s`; of its folder `validation` nothing is taken, and of
-the rest only English. `OUTPUT` becomes an audio folder, FLAC at 16 kHz, with the columns that `join_data.py` reads. When each word was
-said, and which it was, is what a recogniser (Whisper base, as in `evaluation/metrics.py`) makes of it: good enough for what T2S
-makes of the tokens of a piece, not for scoring. A reader of one recording has several pieces, so a prompt may be another one.
+`REAL` is an audio folder whose manifest has the columns `speaker`, `emotion` and `language`; of its folder `validation` nothing is taken, and
+of the rest only English. `OUTPUT` becomes an audio folder, FLAC at 16 kHz, with the columns that `join_data.py` reads. When each word was
+said, and which it was, is what a recogniser makes of it (Whisper base, as in `evaluation/metrics.py`, whose packages it needs): not for
+scoring. A reader of one long recording has several pieces, so a prompt may be another one.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+from join_data import read
 from tqdm import tqdm
 
 
@@ -64,30 +65,29 @@ def main() -> None:
     parser.add_argument("output", type=Path, metavar="OUTPUT")
     arguments = parser.parse_args()
     folder = arguments.real / "train" if (arguments.real / "train").is_dir() else arguments.real
-    with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
-        of_reader: dict[str, list[dict[str, str]]] = defaultdict(list)
-        for row in csv.DictReader(file):
-            if row["language"] == "en":
-                of_reader[row["speaker"]].append(row)
+    of_reader: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in read(folder):
+        if row["language"] == "en":
+            of_reader[row["speaker"]].append(row)
     recordings = [row for rows in of_reader.values() for row in rows[:MOST_RECORDINGS]]
     arguments.output.mkdir(parents=True, exist_ok=True)
     recognizer = PackagedWhisper().model
     rows = []
     for recording in tqdm(recordings, unit="recording", mininterval=5.0):
-        waveform, rate = soundfile.read(folder / recording["file_name"], dtype="float32")
+        waveform, rate = soundfile.read(recording["file_name"], dtype="float32")
         waveform = soxr.resample(waveform, rate, SAMPLING_RATE)
         segments, _ = recognizer.transcribe(waveform, language="en", beam_size=1, word_timestamps=True)
         words = [word for segment in segments for word in segment.words]
         if not words:
             continue
         begins, ends = [word.start for word in words], [word.end for word in words]
-        for number, (first, stop) in enumerate(cut(begins, ends)):
+        for first, stop in cut(begins, ends):
             before = begins[first] - (ends[first - 1] if first else 0.0)
             behind = (begins[stop] if stop < len(words) else len(waveform) / SAMPLING_RATE) - ends[stop - 1]
             begin = begins[first] - min(MARGIN_S, before / 2)
             end = ends[stop - 1] + min(MARGIN_S, behind / 2)
             piece = waveform[max(0, round(begin * SAMPLING_RATE)) : round(end * SAMPLING_RATE)]
-            name = f"{Path(recording['file_name']).stem}-{number}.flac"
+            name = f"{len(rows):05}.flac"
             soundfile.write(arguments.output / name, np.clip(piece, -1.0, 1.0), SAMPLING_RATE)
             text = "".join(word.word for word in words[first:stop]).strip()
             duration_s = round(len(piece) / SAMPLING_RATE, 3)
