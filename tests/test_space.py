@@ -363,18 +363,21 @@ def test_twenty_at_once_and_the_memory_afterwards(space, client):
     assert [ask_for(seed) for seed in range(3)] == ["spoken"] * 3
     many_at_once()
     bad_ones()
-    before = space.memory_mib()
-    answers = many_at_once()
-    bad_ones()
-    # Those who find no place in the queue are told so; all others are served.
-    assert answers.count("spoken") >= app.QUEUE_SIZE
-    assert all(answer == "spoken" or "queue is full" in answer.lower() for answer in answers), set(answers)
-    assert ask_for(99) == "spoken"
-    growth = space.memory_mib() - before
+    # What is leaked is leaked in every round; what the allocator keeps for itself comes in one and not in the next.
+    growths = []
+    while len(growths) < 4 and (not growths or growths[-1] >= 15):
+        before = space.memory_mib()
+        answers = many_at_once()
+        bad_ones()
+        # Those who find no place in the queue are told so; all others are served.
+        assert answers.count("spoken") >= app.QUEUE_SIZE
+        assert all(answer == "spoken" or "queue is full" in answer.lower() for answer in answers), set(answers)
+        assert ask_for(99) == "spoken"
+        growths.append(space.memory_mib() - before)
     print(
-        f"memory: {before:.0f} MiB before, {growth:+.1f} MiB after 20 requests at once and {len(BAD_VALUES)} bad ones"
+        f"memory: {before:.0f} MiB before, {growths} MiB more after each round of 20 requests at once and {len(BAD_VALUES)} bad ones"
     )
-    assert growth < 30
+    assert growths[-1] < 15
     # Whatever failed was refused on purpose.
     assert "a request failed" not in space.output, space.output
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import re
 import runpy
 import shutil
 import sys
@@ -56,11 +57,19 @@ def test_texts(monkeypatch, tmp_path):
     for part in ("noun", "verb", "adj", "adv"):
         words = ["".join(rng.choice(syllables, 2)) for _ in range(2400)]
         examples = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)]
-        glosses = (f'00001 03 n 01 word 0 000 | a gloss; "{example}"' for example in examples)
+        glosses = (
+            f'00001 03 n 01 word 0 000 | as {example.replace(" ", " (or so) ", 1)}; a place in Ghent; "{example}"'
+            for example in examples
+        )
         (tmp_path / f"data.{part}").write_text("\n".join(["  1 a licence", *glosses]))
     run("make_texts", monkeypatch, tmp_path, tmp_path / "texts")
-    train, held_out = ((tmp_path / "texts" / f"{name}.txt").read_text().splitlines() for name in ("train", "held-out"))
+    train, held_out, definitions = (
+        (tmp_path / "texts" / f"{name}.txt").read_text().splitlines() for name in ("train", "held-out", "definitions")
+    )
     assert len(train) + len(held_out) == 1200 and 5 < len(held_out) < 60 and not {*train} & {*held_out}
+    # Without what stands in brackets, and without names; some are held out, of other words than the examples.
+    assert 1140 <= len(definitions) < 1200
+    assert all(re.fullmatch(r"As( [a-z]+){8}\.", definition) for definition in definitions)
     assert load("make_texts").is_held_out(held_out[0]) and not load("make_texts").is_held_out(train[0])
 
 

@@ -1,12 +1,13 @@
 """
-Makes the sentences that the tiny model learns to read: the usage examples of WordNet 3.0, whose licence allows every use with
-its notice.
+Makes the sentences that the tiny model learns to read: the usage examples and the definitions of WordNet 3.0, whose licence allows
+every use with its notice.
 
     python training/recipes/tiny/make_texts.py WORDNET_FOLDER OUTPUT
 
 `WORDNET_FOLDER` has the files `data.noun`, `data.verb`, `data.adj`, `data.adv` (Debian: `/usr/share/wordnet` of the package
-`wordnet-base`). `OUTPUT/train.txt` and `OUTPUT/held-out.txt` get a sentence a line; which one a sentence goes to depends on its
-words alone. `OUTPUT/bpe.model` is the vocabulary: the most frequent pieces of the training sentences.
+`wordnet-base`). `OUTPUT/train.txt` and `OUTPUT/held-out.txt` get a sentence a line, the examples; which one a sentence goes to depends on
+its words alone. `OUTPUT/definitions.txt` gets the definitions, which have many words that no example has. `OUTPUT/bpe.model` is
+the vocabulary: the most frequent pieces of the training sentences.
 """
 
 import argparse
@@ -38,15 +39,28 @@ LEFT_OUT = re.compile(
 )
 
 
-def read_examples(folder: Path) -> list[str]:
-    """What stands in quotation marks in the glosses, in the order of the files."""
-    examples = {}
+def read_glosses(folder: Path) -> list[str]:
+    """What stands behind the words of each entry, in the order of the files."""
+    glosses = []
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text(encoding="latin-1").splitlines():
             _, _, gloss = line.partition("| ")
-            for example in re.findall(r'"([^"]+)"', gloss):
-                examples[" ".join(example.split())] = None
-    return list(examples)
+            glosses.append(" ".join(gloss.split()))
+    return glosses
+
+
+def read_examples(glosses: list[str]) -> list[str]:
+    """What stands in quotation marks in them."""
+    return [example for gloss in glosses for example in re.findall(r'"([^"]+)"', gloss)]
+
+
+def read_definitions(glosses: list[str]) -> list[str]:
+    """What stands before the first quotation mark, in its parts, without what stands in brackets; none with a name, often a Latin one."""
+    definitions = []
+    for gloss in glosses:
+        definition = re.sub(r" *\([^()]*\) *", " ", gloss.partition('"')[0])
+        definitions += [part for part in definition.split(";") if not re.search(r"\S+ .*[A-Z]", part.strip())]
+    return definitions
 
 
 def make_sentence(example: str) -> str | None:
@@ -71,6 +85,16 @@ def make_sentence(example: str) -> str | None:
         in ("he she it they you we I is are was were did does do can could will would the this that".split())
     )
     return text if text[-1] in ".!?" else text.rstrip(",;:") + ("?" if is_asked else ".")
+
+
+def make_sentences(parts: list[str]) -> list[str]:
+    """The sentences that can be made of them, each once."""
+    sentences: dict[str, str] = {}
+    for part in parts:
+        sentence = make_sentence(" ".join(part.split()))
+        if sentence is not None:
+            sentences.setdefault(sentence.lower(), sentence)
+    return list(sentences.values())
 
 
 def is_held_out(sentence: str) -> bool:
@@ -106,18 +130,24 @@ def main() -> None:
     parser.add_argument("wordnet", type=Path, metavar="WORDNET_FOLDER")
     parser.add_argument("output", type=Path, metavar="OUTPUT")
     arguments = parser.parse_args()
-    sentences = {}
-    for example in read_examples(arguments.wordnet):
-        sentence = make_sentence(example)
-        if sentence is not None:
-            sentences.setdefault(sentence.lower(), sentence)
+    glosses = read_glosses(arguments.wordnet)
+    examples = make_sentences(read_examples(glosses))
+    lists = {
+        "train": [sentence for sentence in examples if not is_held_out(sentence)],
+        "held-out": [sentence for sentence in examples if is_held_out(sentence)],
+    }
+    known = {sentence.lower() for sentence in examples}
+    # What is held out is held out of the definitions as well: it has the words of no sentence that is evaluated.
+    lists["definitions"] = [
+        sentence
+        for sentence in make_sentences(read_definitions(glosses))
+        if sentence.lower() not in known and not is_held_out(sentence)
+    ]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, held_out in (("train", False), ("held-out", True)):
-        lines = [sentence for sentence in sentences.values() if is_held_out(sentence) == held_out]
+    for name, lines in lists.items():
         (arguments.output / f"{name}.txt").write_text("\n".join(lines) + "\n")
         print(f"{arguments.output / name}.txt: {len(lines)} sentences, {sum(map(len, lines))} characters")
-        if name == "train":
-            train_vocabulary(lines, arguments.output / "bpe.model")
+    train_vocabulary(lists["train"], arguments.output / "bpe.model")
 
 
 if __name__ == "__main__":
