@@ -119,6 +119,10 @@ def test_manifests_are_joined(monkeypatch, tmp_path):
         "speech": [["a.flac", "One.", "heart", "happy", "en", ""], ["b.flac", "Two.", "heart", "sad", "en", ""]],
         "real/train": [["c.flac", "Three.", "ls1", "neutral", "en", "9"], ["d.flac", "x", "y", "z", "de", "1"]],
         "real/validation": [["e.flac", "Five.", "ls2", "neutral", "en", "1"]],
+        "readers": [
+            ["f.flac", "Six.", "ls3", "neutral", "en", "3"],
+            ["g.flac", "Seven.", "ls3", "neutral", "en", "3"],
+        ],
     }.items():
         (tmp_path / name).mkdir(parents=True)
         with open(tmp_path / name / "metadata.csv", "w", newline="") as file:
@@ -126,10 +130,21 @@ def test_manifests_are_joined(monkeypatch, tmp_path):
             table.writerow(["file_name", "text", "speaker", "emotion", "language", "duration_s"])
             table.writerows(rows)
     out = tmp_path / "data.csv"
-    run("join_data", monkeypatch, tmp_path / "speech", tmp_path / "real", out, "--per_speaker", 1)
+    folders = [tmp_path / name for name in ("speech", "real", "readers")]
+    run("join_data", monkeypatch, *folders, out, "--per_speaker", 1)
     rows = list(csv.DictReader(out.open()))
-    assert [row["text"] for row in rows] == ["One.", "Three."]
-    assert [Path(row["file_name"]) for row in rows] == [tmp_path / "speech/a.flac", tmp_path / "real/train/c.flac"]
+    assert [row["text"] for row in rows] == ["One.", "Three.", "Six."]
+    names = ("speech/a.flac", "real/train/c.flac", "readers/f.flac")
+    assert [Path(row["file_name"]) for row in rows] == [tmp_path / name for name in names]
+
+
+def test_levels_are_of_the_mean_and_leave_no_clipping():
+    make_speech = load("make_speech")
+    steady, lively = np.ones(1000), np.r_[np.ones(990), np.full(10, 5.0)]
+    for waveform in (steady, lively):
+        changed = make_speech.set_level(waveform, -25.0)
+        assert 20 * np.log10(np.sqrt(np.mean(np.square(changed)))) == pytest.approx(-25.0, abs=0.01)
+    assert np.abs(make_speech.set_level(lively, -5.0)).max() == pytest.approx(make_speech.MOST_PEAK)
 
 
 def test_pitch_is_moved_and_stretched_around_its_mean():

@@ -2,10 +2,11 @@
 Joins the teacher's clips and the recordings of real readers into one manifest.
 
     python training/recipes/tiny/join_data.py SPEECH REAL OUTPUT.csv
+    python training/recipes/tiny/join_data.py SPEECH REAL READERS OUTPUT.csv   # with the pieces of cut_readers.py
     python training/recipes/tiny/join_data.py SPEECH REAL OUTPUT.csv --per_speaker 130   # for the speaker encoder
 
 `SPEECH` is the folder of `make_speech.py`, `REAL` an audio folder whose manifest has the columns `language` and `duration_s`; of its folder
-`validation` nothing is taken. Of the real ones only English is, and of `MOST_S` at most.
+`validation` nothing is taken. Of the real ones only English is, and of `MOST_S` at most. There may be several such folders.
 """
 
 import argparse
@@ -27,14 +28,15 @@ def read(folder: Path) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("speech", type=Path, metavar="SPEECH")
-    parser.add_argument("real", type=Path, metavar="REAL")
+    parser.add_argument("real", type=Path, metavar="REAL", nargs="+")
     parser.add_argument("output", type=Path, metavar="OUTPUT")
     parser.add_argument("--per_speaker", type=int, help="clips at most (default: all)")
     arguments = parser.parse_args()
     rows = read(arguments.speech)
-    for row in read(arguments.real / "train" if (arguments.real / "train").is_dir() else arguments.real):
-        if row["language"] == "en" and float(row["duration_s"]) <= MOST_S:
-            rows.append(row)
+    for real in arguments.real:
+        for row in read(real / "train" if (real / "train").is_dir() else real):
+            if row["language"] == "en" and float(row["duration_s"]) <= MOST_S:
+                rows.append(row)
     counts: Counter[str] = Counter()
     num_written = 0
     with open(arguments.output, "w", encoding="utf-8", newline="") as file:
