@@ -329,10 +329,11 @@ class TestSpeak:
             ["--guidance-scale", "1"],
             ["--dtype", "bfloat16"],
         ]
+        # Of so many tokens: of half as many, two beams can find what greedy search finds.
         audio = set()
         for variant in variants:
             result = run(
-                "speak", HELLO, "-q", "--seed", "1", "--num-semantic-tokens", "25", "--device", "cpu", *variant
+                "speak", HELLO, "-q", "--seed", "1", "--num-semantic-tokens", "50", "--device", "cpu", *variant
             )
             assert (result.code, result.errors) == (0, []), variant
             audio.add(Path("out.wav").read_bytes())
