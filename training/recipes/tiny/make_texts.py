@@ -45,7 +45,7 @@ def read_glosses(folder: Path) -> list[str]:
     for part in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{part}").read_text(encoding="latin-1").splitlines():
             _, _, gloss = line.partition("| ")
-            glosses.append(" ".join(gloss.split()))
+            glosses.append(gloss)
     return glosses
 
 
