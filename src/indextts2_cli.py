@@ -287,12 +287,18 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
         help="segments synthesised together; more is faster on a GPU and takes more memory (default: %(default)s)",
     )
 
-    sampling = parser.add_argument_group("sampling", "the defaults of the first five are the model's own")
+    sampling = parser.add_argument_group("sampling", "the defaults of the first six are the model's own")
     sampling.add_argument("--num-beams", type=number(int, 1), metavar="N", help="beams of the search")
     sampling.add_argument("--temperature", type=number(float, 0, is_open=True), metavar="X", help="above 0")
     sampling.add_argument("--top-p", type=number(float, 0, 1, is_open=True), metavar="X", help="above 0, at most 1")
     sampling.add_argument("--top-k", type=number(int, 1), metavar="N", help="at least 1")
     sampling.add_argument("--greedy", action="store_true", help="always the likeliest token instead of sampling")
+    sampling.add_argument(
+        "--text-guidance-scale",
+        type=number(float, 1),
+        metavar="X",
+        help="strength of the text for the tokens; 1 is none and faster",
+    )
     sampling.add_argument(
         "--num-inference-steps", type=number(int, 1), metavar="N", help="flow-matching steps (default: 25)"
     )

@@ -327,6 +327,7 @@ class TestSpeak:
             ["--temperature", "1.5", "--top-k", "100", "--top-p", "1"],
             ["--num-inference-steps", "3"],
             ["--guidance-scale", "1"],
+            ["--text-guidance-scale", "4"],
             ["--dtype", "bfloat16"],
         ]
         # Of so many tokens: of half as many, two beams can find what greedy search finds.

@@ -297,6 +297,79 @@ def test_count_is_written_into_the_prefix(is_length_row, duration_conditioning):
     assert torch.allclose(free, asked, atol=1e-5) != is_written
 
 
+# Text guidance
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_guided_scores_go_from_no_text_to_text(t2s, padding_side):
+    inputs = make_inputs(t2s, padding_side=padding_side)
+    settings = {"do_sample": False, "max_new_tokens": 12, "output_scores": True, "return_dict_in_generate": True}
+    guided = t2s.generate(**inputs, **settings, text_guidance_scale=2.5)
+    texts = {"text": inputs["attention_mask"], "no text": torch.zeros_like(inputs["attention_mask"])}
+    logits = {}
+    for name, attention_mask in texts.items():
+        output = t2s(**(inputs | {"attention_mask": attention_mask}), semantic_ids=guided.sequences)
+        logits[name] = output.logits[:, : guided.sequences.shape[1]]
+    expected = logits["no text"] + 2.5 * (logits["text"] - logits["no text"])
+    scores = torch.stack(guided.scores, dim=1)
+    is_possible = scores > -float("inf")
+    assert is_possible.sum(dim=-1).eq(65).all()  # all but the start token
+    expected, unguided = (rows.log_softmax(dim=-1)[is_possible] for rows in (expected, logits["text"]))
+    assert torch.allclose(scores[is_possible], expected, atol=1e-4)
+    assert not torch.allclose(scores[is_possible], unguided, atol=0.1)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampling", "beams"])
+@pytest.mark.parametrize("num_semantic_tokens", [None, [9, 4, None]])
+def test_a_guided_row_alone_equals_the_row_in_a_batch(t2s, mode, num_semantic_tokens):
+    settings = MODES[mode] | {"max_new_tokens": 20, "text_guidance_scale": 2.0}
+    seeds = {"logits_processor": seeded_processor(3, 4, 5)} if mode == "sampling" else {}
+    batch = t2s.generate(**make_inputs(t2s), **settings, **seeds, num_semantic_tokens=num_semantic_tokens)
+    unguided = t2s.generate(**make_inputs(t2s), **(settings | {"text_guidance_scale": 1.0}))
+    assert not torch.equal(batch, unguided)
+    for row in range(3):
+        count = num_semantic_tokens and num_semantic_tokens[row]
+        seeds = {"logits_processor": seeded_processor(3 + row)} if mode == "sampling" else {}
+        alone = t2s.generate(**make_row(t2s, row), **settings, **seeds, num_semantic_tokens=count)[0]
+        assert torch.equal(batch[row, : len(alone)], alone) and (batch[row, len(alone) :] == STOP).all()
+        assert count is None or count_tokens(alone[None]) == [count]
+
+
+def test_caches_agree_under_guidance(t2s):
+    settings = {"do_sample": False, "max_new_tokens": 12, "text_guidance_scale": 3.0}
+    expected = t2s.generate(**make_inputs(t2s), **settings)
+    for cache in ({"cache_implementation": "static"}, {"use_cache": False}):
+        assert torch.equal(t2s.generate(**make_inputs(t2s), **settings, **cache), expected)
+    beams = t2s.generate(**make_inputs(t2s), **settings, num_beams=3)
+    assert torch.equal(t2s.generate(**make_inputs(t2s), **settings, num_beams=3, use_cache=False), beams)
+
+
+def test_guidance_from_the_generation_config_of_the_model(tmp_path):
+    t2s = make_tiny_t2s()
+    settings = {"do_sample": False, "max_new_tokens": 12}
+    expected = t2s.generate(**make_inputs(t2s), **settings, text_guidance_scale=3.0)
+    t2s.generation_config = IndexTTS2GenerationConfig(text_guidance_scale=3.0)
+    t2s.save_pretrained(tmp_path)
+    t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(t2s.generate(**make_inputs(t2s), **settings), expected)
+    assert not torch.equal(t2s.generate(**make_inputs(t2s), **settings, text_guidance_scale=1.0), expected)
+
+
+def test_guided_return_sequences(t2s):
+    settings = MODES["sampling"] | {"max_new_tokens": 12, "text_guidance_scale": 2.0, "num_return_sequences": 2}
+    sequences = t2s.generate(**make_inputs(t2s), **settings)
+    assert len(sequences) == 6 and not torch.equal(sequences[0], sequences[1])
+
+
+@pytest.mark.parametrize("scale", [0.5, float("nan"), float("inf"), True, "2"])
+def test_impossible_guidance(t2s, scale):
+    message = "`text_guidance_scale` is .*, but it must be a finite number of at least 1; 1 is no guidance"
+    with pytest.raises(ValueError, match=message):
+        t2s.generate(**make_inputs(t2s), text_guidance_scale=scale)
+    with pytest.raises(ValueError, match=message):
+        IndexTTS2GenerationConfig(text_guidance_scale=scale)
+
+
 # The processors alone
 
 

@@ -749,6 +749,19 @@ def test_generation_settings(tiny_model, tiny_voice):
         for asked in (True, False)
     )
     assert not torch.equal(conditioned.audio[0], plain.audio[0])
+    config = IndexTTS2GenerationConfig(do_sample=False, text_guidance_scale=3.0)
+    guided, configured, unguided, standard = (
+        speak(tiny_model, [HELLO], num_semantic_tokens=20, **options, **arguments)
+        for options in (
+            {"text_guidance_scale": 3.0, **GREEDY},
+            {"generation_config": config, "text_guidance_scale": None},
+            {"generation_config": config, "text_guidance_scale": 1.0},
+            GREEDY,
+        )
+    )
+    assert_same(guided.audio, configured.audio)
+    assert_same(unguided.audio, standard.audio)
+    assert not torch.equal(guided.audio[0], unguided.audio[0])
 
 
 def test_unknown_arguments(tiny_model, tiny_voice):

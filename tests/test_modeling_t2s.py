@@ -200,6 +200,18 @@ def test_prefix_is_independent_of_padding(t2s, rows, padding_side):
         assert not embeds[row, :-length].any()
 
 
+def test_prefix_without_text_equals_that_of_an_empty_text(t2s, rows):
+    batch, condition = make_batch(rows, "left"), make_condition(t2s, 3)
+    inputs = {"input_ids": batch["input_ids"], **condition, "num_semantic_tokens": [7, None, 20]}
+    prefix = t2s.prepare_prefix(**inputs, attention_mask=batch["attention_mask"])
+    empty = t2s.prepare_prefix(**inputs, attention_mask=torch.zeros_like(batch["attention_mask"]))
+    embeds, mask = t2s.without_text(*prefix)
+    assert embeds.shape == prefix[0].shape and mask.dtype == torch.long
+    assert torch.equal(mask.sum(dim=1), empty[1].sum(dim=1))
+    for row in range(3):
+        assert torch.equal(embeds[row, mask[row].bool()], empty[0][row, empty[1][row].bool()])
+
+
 def test_start_and_stop_ids_inside_a_text_are_dropped(t2s):
     condition = make_condition(t2s)
     clean, _ = t2s.prepare_prefix(torch.tensor([[11, 12, 13]]), **condition)

@@ -246,12 +246,12 @@ def test_the_length_is_told_loosely_in_training_and_exactly_in_evaluation(option
     assert rows[0][1]["step"] == 1 and abs(rows[0][1][name] - rows[1000][1][name]) > 1e-4
 
 
-def test_wrong_tokens_are_read_in_training_alone(options, tmp_path):
+@pytest.mark.parametrize("option", ["--wrong_history_probability", "--text_dropout_probability"])
+def test_wrong_tokens_and_lost_texts_are_read_in_training_alone(options, tmp_path, option):
     rows = {}
     for probability in (0, 0.5):
-        out = tmp_path / f"wrong{probability}"
-        wrong = [*options, "--max_train_steps", 1, "--wrong_history_probability", probability]
-        run_program("train_t2s", "--stage", 1, "--output", out, *wrong)
+        out = tmp_path / f"run{probability}"
+        run_program("train_t2s", "--stage", 1, "--output", out, *options, "--max_train_steps", 1, option, probability)
         rows[probability] = [read_log(out, prefix)[0] for prefix in ("eval/", "train/")]
     assert rows[0][0]["step"] == 0 and rows[0][0] == rows[0.5][0]
     name = "train/semantic_cross_entropy_per_token"
@@ -302,14 +302,15 @@ def test_impossible_length_jitter(options, tmp_path, monkeypatch, capsys, jitter
     assert f"argument --length_jitter: {message}" in capsys.readouterr().err
 
 
-def test_impossible_share_of_wrong_tokens(options, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("option", ["--wrong_history_probability", "--text_dropout_probability"])
+def test_impossible_probability(options, tmp_path, monkeypatch, capsys, option):
     from train_t2s import parse
 
-    command = ["train_t2s.py", "--stage", 1, "--output", tmp_path, *options, "--wrong_history_probability", 1.5]
+    command = ["train_t2s.py", "--stage", 1, "--output", tmp_path, *options, option, 1.5]
     monkeypatch.setattr(sys, "argv", [str(item) for item in command])
     with pytest.raises(SystemExit):
         parse()
-    assert "--wrong_history_probability is 1.5, but a probability is a number from 0 to 1" in capsys.readouterr().err
+    assert f"{option} is 1.5, but a probability is a number from 0 to 1" in capsys.readouterr().err
 
 
 def copy_features(source, folder, train_rows, held_out_rows, strangers=()):

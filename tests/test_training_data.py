@@ -497,6 +497,26 @@ def test_a_count_with_jitter_has_a_row_of_its_own():
 
 
 @pytest.mark.parametrize("probability", [0.25, 1.0])
+def test_text_dropout_takes_the_text_and_its_positions_alone(probability, tokenizer, tmp_path):
+    ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("Alone"))
+    table = make_table(ROWS).map(lambda _: {"input_ids": ids})
+    (tmp_path / "a1.json").write_text(json.dumps({"word_begins_s": [0.0], "word_ends_s": [0.02]}))
+    options = {"seed": 0, "with_emotion": True, "length_jitter": 2, "wrong_history_probability": 0.5}
+    options["alignments"] = Alignments(tmp_path, tokenizer, token_rate=50.0)
+    dropped, kept = (T2SDataset(table, **options, text_dropout_probability=p) for p in (probability, 0.0))
+    batch, kept_batch = (collate_t2s([dataset[0, draw] for draw in range(200)]) for dataset in (dropped, kept))
+    assert batch.pop("ids") == kept_batch.pop("ids")
+    has_text = batch.pop("attention_mask").any(dim=1)
+    assert kept_batch.pop("attention_mask").all()
+    assert 1 - has_text.float().mean() == pytest.approx(probability, abs=0.08 if probability < 1 else 0)
+    positions, kept_positions = batch.pop("text_positions"), kept_batch.pop("text_positions")
+    assert (kept_positions >= 0).any()
+    assert torch.equal(positions, torch.where(has_text[:, None], kept_positions, -100))
+    for name, value in batch.items():
+        assert torch.equal(value, kept_batch[name]), name
+
+
+@pytest.mark.parametrize("probability", [0.25, 1.0])
 def test_wrong_runs_are_read_and_what_is_to_be_said_stays(probability):
     options = {"seed": 0, "with_emotion": True, "length_jitter": 2}
     table = make_table(ROWS).map(lambda _: {"semantic_ids": list(range(42)), "num_semantic_tokens": 42})

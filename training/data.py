@@ -556,6 +556,7 @@ class T2SDataset(Dataset):
         length_jitter (`int`, defaults to 0): how many tokens a told count may be off the true one, either way.
         max_semantic_tokens (`int`, *optional*): of the model: a count with jitter is at most this, and at least 1.
         wrong_history_probability (`float`, defaults to 0.0): how often `WRONG_RUN` tokens that are read are some of elsewhere.
+        text_dropout_probability (`float`, defaults to 0.0): how often there is no text.
         alignments (`Alignments`, *optional*): where each piece of the text is spoken; gives `text_positions`.
 
     Raises:
@@ -573,6 +574,7 @@ class T2SDataset(Dataset):
         max_semantic_tokens: int | None = None,
         alignments: Alignments | None = None,
         wrong_history_probability: float = 0.0,
+        text_dropout_probability: float = 0.0,
     ):
         rows = range(len(features))
         if prompts is not None:
@@ -585,6 +587,7 @@ class T2SDataset(Dataset):
         self.max_semantic_tokens = max_semantic_tokens
         self.alignments = alignments
         self.wrong_history_probability = wrong_history_probability
+        self.text_dropout_probability = text_dropout_probability
         table = features.with_format(None).select_columns(["clip", "speaker", "emotion", "num_semantic_tokens"])
         self.clips, self.speakers, self.emotions, lengths = (list(table[name]) for name in table.column_names)
         self.speaker_names = sorted(set(self.speakers))
@@ -637,13 +640,16 @@ class T2SDataset(Dataset):
             prompt = self.features[int(rng.choice(alike))] if alike else target
             example["emotion_features"] = torch.as_tensor(prompt["semantic_features"]).float()
         if self.length_jitter:
-            # The last of the draws: the others are what they are without it.
+            # Draws that not every run has come last: the others are what they are without them.
             jitter = int(rng.integers(-self.length_jitter, self.length_jitter, endpoint=True))
             count = max(1, example["num_semantic_tokens"] + jitter)
             limit = self.max_semantic_tokens
             example["num_semantic_tokens"] = count if limit is None else min(count, limit)
         if self.wrong_history_probability:
             example["read_ids"] = self._with_wrong_runs(example["semantic_ids"], rng)
+        example["has_text"] = not (self.text_dropout_probability and rng.random() < self.text_dropout_probability)
+        if not example["has_text"] and "text_positions" in example:
+            example["text_positions"] = torch.full_like(example["text_positions"], -100)
         return example
 
     def _with_wrong_runs(self, semantic_ids: torch.LongTensor, rng: np.random.Generator) -> torch.LongTensor:
@@ -663,13 +669,14 @@ def collate_t2s(examples: list[dict[str, Any]]) -> dict[str, Any]:
     positions with -100.
     """
     input_ids = [example["input_ids"] for example in examples]
+    masks = [torch.full_like(example["input_ids"], example["has_text"]) for example in examples]
     semantic_ids = [example["semantic_ids"] for example in examples]
     counts = [0 if example["is_free"] else example["num_semantic_tokens"] for example in examples]
     batch = {
         "ids": [example["id"] for example in examples],
         "speaker_numbers": torch.tensor([example["speaker_number"] for example in examples]),
         "input_ids": pad_sequence(input_ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
+        "attention_mask": pad_sequence(masks, batch_first=True),
         "labels": pad_sequence(semantic_ids, batch_first=True, padding_value=-100),
         "num_semantic_tokens": torch.tensor(counts),
     }

@@ -20,13 +20,16 @@ In inference the tokens that are read are its own, mistakes among them. With `--
 of 80 ms at 50 Hz, about a sound, that come from elsewhere in the clip, while what is to be said next stays what it was. It has to
 look at the text rather than at what it said last (word dropout, after Bowman et al. 2016, arXiv 1511.06349, who leave words out).
 
+With `--text_dropout_probability` the model also learns to go on without any text, for guidance in inference: the `text_guidance_scale`
+of the generation config (classifier-free guidance, Ho and Salimans 2022, arXiv 2207.12598).
+
 With `--alignments` the first head of each block but the first is guided in its attention: it learns, as a cross-entropy beside the loss, to look at the
 piece of the text that is being spoken (supervised attention, after Tachibana et al. 2018, arXiv 1710.08969, who have a diagonal instead of
 alignments). It is meant for a model from nothing, which has to learn to read. The model is the same with and without.
 
 The paper states AdamW, the rate 2e-4, the 30 %, and what each stage trains. Batch, steps, schedule, weight of the speaker term,
-size of the classifier, weight of the text term (0.01, `text_loss_weight` of the checkpoint), the length jitter, the wrong tokens
-and the emotion prompt are ours.
+size of the classifier, weight of the text term (0.01, `text_loss_weight` of the checkpoint), the length jitter, the wrong tokens,
+the draws without text and the emotion prompt are ours.
 """
 
 import argparse
@@ -79,6 +82,12 @@ def parse() -> argparse.Namespace:
         help="how often a run of the tokens that are read is wrong in training (ours: %(default)s)",
     )
     parser.add_argument(
+        "--text_dropout_probability",
+        type=float,
+        default=0.0,
+        help="how often there is no text in training (ours: %(default)s)",
+    )
+    parser.add_argument(
         "--speaker_loss_weight",
         type=float,
         default=0.1,
@@ -107,7 +116,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, help="in the trunk; by default what the checkpoint says")
     add_run_arguments(parser)
     arguments = parse_arguments(parser)
-    for name in ("free_length_probability", "wrong_history_probability"):
+    for name in ("free_length_probability", "wrong_history_probability", "text_dropout_probability"):
         if not 0.0 <= getattr(arguments, name) <= 1.0:
             parser.error(f"--{name} is {getattr(arguments, name)}, but a probability is a number from 0 to 1")
     return arguments
@@ -281,6 +290,7 @@ def main() -> None:
         max_semantic_tokens=config.max_semantic_tokens,
         alignments=alignments,
         wrong_history_probability=arguments.wrong_history_probability,
+        text_dropout_probability=arguments.text_dropout_probability,
     )
     if alignments is not None and not any(alignments.path_of(clip).is_file() for clip in train_set.clips):
         raise ValueError(

@@ -56,6 +56,7 @@ def usual_settings(pipe: IndexTTS2TextToAudioPipeline) -> dict[str, float]:
         "top_p": settings.top_p or 1.0,
         "top_k": settings.top_k or 50,
         "num_beams": settings.num_beams or 1,
+        "text_guidance_scale": getattr(settings, "text_guidance_scale", 1.0),
         "num_inference_steps": len(pipe.model.scheduler.config.get("grid") or range(26)) - 1,
         "guidance_scale": 1.7,
         "segment_silence_s": 0.2,
@@ -211,8 +212,8 @@ def make_speak(pipe: IndexTTS2TextToAudioPipeline) -> Callable[..., Iterator[tup
         num_semantic_tokens: int | None = None,
         seed: str | None = None,
         temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
-        num_beams: int | None = None, num_inference_steps: int | None = None, guidance_scale: float | None = None,
-        segment_silence_s: float | None = None,
+        num_beams: int | None = None, text_guidance_scale: float | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, segment_silence_s: float | None = None,
         progress=gr.Progress(),  # noqa: B008 - how Gradio finds it
     ) -> Iterator[tuple]:  # fmt: skip
         """
@@ -223,7 +224,9 @@ def make_speak(pipe: IndexTTS2TextToAudioPipeline) -> Callable[..., Iterator[tup
         weights = dict(
             zip(EMOTIONS, (happy, angry, sad, afraid, disgusted, melancholic, surprised, calm), strict=True)
         )
-        settings = (temperature, top_p, top_k, num_beams, num_inference_steps, guidance_scale, segment_silence_s)
+        settings = (
+            temperature, top_p, top_k, num_beams, text_guidance_scale, num_inference_steps, guidance_scale, segment_silence_s
+        )  # fmt: skip
         pieces: list[np.ndarray] = []
         segments: list[dict[str, Any]] = []
         num_tokens = 0

@@ -3,22 +3,32 @@ Generation of semantic tokens: the generation config with its token-count contro
 sampling row by row, and the hooks into the stock `generate`. The network itself is in `modeling_t2s.py`.
 """
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    Cache,
+    ClassifierFreeGuidanceLogitsProcessor,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.generation.utils import GenerateOutput
 
 
 # A finite stand-in for minus infinity: beams that are forced to stop keep finite scores, so that beam sampling never
 # meets a row without any possible token.
 _FORBIDDEN = -1e9
+# The settings that are not stock.
+OWN_SETTINGS = ("num_semantic_tokens", "duration_conditioning", "text_guidance_scale")
 
 
 class IndexTTS2GenerationConfig(GenerationConfig):
     r"""
-    Generation settings of IndexTTS2. All stock names keep their meaning; two are new.
+    Generation settings of IndexTTS2. All stock names keep their meaning; three are new.
 
     Args:
         num_semantic_tokens (`int` or `list[int | None]`, *optional*):
@@ -27,16 +37,20 @@ class IndexTTS2GenerationConfig(GenerationConfig):
         duration_conditioning (`bool`, *optional*):
             Whether the asked number is also written into the prefix, as row `num_semantic_tokens` of the semantic position
             table (paper, section 3.1.1). By default what the checkpoint expects (`config.use_length_row`).
+        text_guidance_scale (`float`, *optional*):
+            Strength of the text (classifier-free guidance, Ho and Salimans 2022): above 1 the logits go so many times the way
+            from those without any text to those with it. A step then has twice the rows. For checkpoints that were trained
+            with `--text_dropout_probability`; not from the paper.
         kwargs:
             Everything [`~transformers.GenerationConfig`] takes.
 
     Raises:
-        ValueError: `num_semantic_tokens` is not made of whole numbers of at least 1.
+        ValueError: `num_semantic_tokens` is not made of whole numbers of at least 1, or `text_guidance_scale` is below 1.
     """
 
     def __init__(self, **kwargs):
         # An attribute that is always there, even as None, would be mistaken for a custom value of the model config.
-        for name in ("num_semantic_tokens", "duration_conditioning"):
+        for name in OWN_SETTINGS:
             if name in kwargs and kwargs[name] is None:
                 kwargs.pop(name)
         super().__init__(**kwargs)
@@ -44,6 +58,7 @@ class IndexTTS2GenerationConfig(GenerationConfig):
     def validate(self, *args, **kwargs) -> None:
         super().validate(*args, **kwargs)
         check_num_semantic_tokens(getattr(self, "num_semantic_tokens", None))
+        check_text_guidance_scale(getattr(self, "text_guidance_scale", 1.0))
 
     @classmethod
     def from_model_config(cls, model_config) -> GenerationConfig:
@@ -70,6 +85,20 @@ def check_num_semantic_tokens(
                 "Leave it out for a free length."
             )
     return list(num_semantic_tokens) if isinstance(num_semantic_tokens, tuple) else num_semantic_tokens
+
+
+def check_text_guidance_scale(scale: float) -> float:
+    """
+    The scale itself.
+
+    Raises:
+        ValueError: it is not a finite number of at least 1.
+    """
+    if isinstance(scale, bool) or not (isinstance(scale, Real) and 1.0 <= scale < math.inf):  # also false for NaN
+        raise ValueError(
+            f"`text_guidance_scale` is {scale!r}, but it must be a finite number of at least 1; 1 is no guidance."
+        )
+    return scale
 
 
 class SemanticTokenCountLogitsProcessor(LogitsProcessor):
@@ -114,6 +143,26 @@ class SemanticTokenCountLogitsProcessor(LogitsProcessor):
         )
         must_stop = (counts >= 0) & (counts <= num_generated)
         return torch.where(must_stop[:, None], forced, scores)
+
+
+class TextGuidanceLogitsProcessor(ClassifierFreeGuidanceLogitsProcessor):
+    r"""
+    One row of scores of the two that the model makes for each under text guidance: with the text, and, behind all of these, without.
+
+    Args:
+        guidance_scale (`float`): how many times the way from the second to the first, above 1.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size * num_beams, sequence_length)`): ids so far.
+            scores (`torch.FloatTensor` of shape `(2 * batch_size * num_beams, vocab_size)`): logits or log-probabilities.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size * num_beams, vocab_size)`: log-probabilities, so that beams compare.
+        """
+        return super().__call__(input_ids, scores).log_softmax(dim=-1)
 
 
 class SeededSamplingLogitsProcessor(LogitsProcessor):
@@ -182,7 +231,7 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             generation_config (`GenerationConfig`, *optional*):
                 Settings instead of the model's own.
             kwargs:
-                Generation settings, `num_semantic_tokens` and `duration_conditioning` among them; see
+                Generation settings, `num_semantic_tokens`, `duration_conditioning` and `text_guidance_scale` among them; see
                 [`IndexTTS2GenerationConfig`].
 
         Returns:
@@ -214,6 +263,8 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         # Logits processors see these ids in place of the prefix; the last one is the start token's row.
         placeholder_ids = attention_mask.new_full((batch_size, prompt_length), self.config.prefix_placeholder_token_id)
         placeholder_ids[:, -1] = self.config.semantic_start_token_id
+        if getattr(generation_config, "text_guidance_scale", 1.0) > 1.0:
+            kwargs["textless_embeds"], kwargs["textless_mask"] = self.without_text(inputs_embeds, attention_mask)
 
         output = super().generate(
             input_ids=placeholder_ids,
@@ -232,7 +283,7 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict]:
         # Ours first: the stock method would hand a count to `forward`, and ignore a None.
-        options = {name: kwargs.pop(name, None) for name in ("num_semantic_tokens", "duration_conditioning")}
+        options = {name: kwargs.pop(name, None) for name in OWN_SETTINGS}
         for name in ("min_length", "max_length"):
             given = (
                 kwargs.get(name),
@@ -251,6 +302,7 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         for name, value in options.items():
             if value is not None:
                 setattr(generation_config, name, value)
+        check_text_guidance_scale(getattr(generation_config, "text_guidance_scale", 1.0))
 
         counts = check_num_semantic_tokens(getattr(generation_config, "num_semantic_tokens", None))
         if counts is not None:
@@ -324,6 +376,10 @@ class IndexTTS2GenerationMixin(GenerationMixin):
                 0,
                 SemanticTokenCountLogitsProcessor(counts, input_ids_seq_length, self.config.semantic_stop_token_id),
             )
+        scale = getattr(generation_config, "text_guidance_scale", 1.0)
+        if scale > 1.0:
+            # The first of all, for it makes one row of two.
+            processors.insert(0, TextGuidanceLogitsProcessor(scale))
         processors.extend(seeded)
         return processors
 
@@ -336,8 +392,20 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         prefix_length: torch.LongTensor | None = None,
+        textless_embeds: torch.Tensor | None = None,
+        textless_mask: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        if textless_mask is not None:
+            # Text guidance: behind all rows the same ones without their text.
+            if attention_mask is None:  # stock: where nothing is masked
+                attention_mask = torch.ones_like(input_ids)
+            generated_mask = attention_mask[:, textless_mask.shape[1] :]
+            attention_mask = torch.cat([attention_mask, torch.cat([textless_mask, generated_mask], dim=1)])
+            input_ids = input_ids.repeat(2, 1)
+            inputs_embeds = torch.cat([inputs_embeds, textless_embeds])
+            prefix_length = prefix_length.repeat(2, 1)
+            kwargs["position_ids"] = kwargs["position_ids"].repeat(2, 1)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -359,5 +427,18 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             model_inputs["position_ids"] = semantic_positions
         return model_inputs
 
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
+        # Under text guidance the rows without text are behind all the others.
+        num_rows = past_key_values.layers[0].keys.shape[0]
+        if num_rows == 2 * len(beam_idx):
+            beam_idx = torch.cat([beam_idx, beam_idx + len(beam_idx)])
+        past_key_values.reorder_cache(beam_idx)
+        return past_key_values
 
-__all__ = ["IndexTTS2GenerationConfig", "SeededSamplingLogitsProcessor", "SemanticTokenCountLogitsProcessor"]
+
+__all__ = [
+    "IndexTTS2GenerationConfig",
+    "SeededSamplingLogitsProcessor",
+    "SemanticTokenCountLogitsProcessor",
+    "TextGuidanceLogitsProcessor",
+]

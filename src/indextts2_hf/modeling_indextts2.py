@@ -31,7 +31,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput, logging
 
 from .configuration_indextts2 import IndexTTS2Config
-from .generation_t2s import IndexTTS2GenerationConfig, SeededSamplingLogitsProcessor
+from .generation_t2s import OWN_SETTINGS, IndexTTS2GenerationConfig, SeededSamplingLogitsProcessor
 from .modeling_t2s import IndexTTS2T2SForConditionalGeneration
 
 
@@ -930,10 +930,11 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             unused |= {"length_penalty": 1.0}
         for name, neutral in unused.items():
             setattr(settings, name, neutral)
+        for name in OWN_SETTINGS:
+            value = kwargs.pop(name, None)
+            if value is not None:
+                setattr(settings, name, value)
         unknown = settings.update(**kwargs)
-        for name in ("num_semantic_tokens", "duration_conditioning"):
-            if name in unknown:
-                setattr(settings, name, unknown.pop(name))
         if unknown:
             raise TypeError(f"IndexTTS2 takes no {', '.join(map(repr, unknown))}.")
         settings.return_dict_in_generate = False

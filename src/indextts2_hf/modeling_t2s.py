@@ -756,6 +756,30 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         )
         return torch.cat([rows, start], dim=1), F.pad(is_real, (0, 1), value=True).long()
 
+    def without_text(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        r"""
+        A prefix with an empty text in place of its own, for text guidance.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`): from `prepare_prefix`.
+            attention_mask (`torch.LongTensor` of shape `(batch_size, prefix_length)`): its mask.
+
+        Returns:
+            Both in the same shapes: the last two rows of the text are its start and stop, and those before them are masked.
+        """
+        config = self.config
+        empty = torch.tensor([config.text_start_token_id, config.text_stop_token_id], device=inputs_embeds.device)
+        positions = torch.arange(2, device=inputs_embeds.device)
+        text = self.text_embedding(empty) + self.text_position_embedding(positions)
+        text = text.to(inputs_embeds.dtype).expand(len(inputs_embeds), -1, -1)
+        # Before the text stand the voice and two slots, behind it the semantic start token.
+        place = attention_mask.cumsum(dim=1)
+        is_text = place > config.speaker_num_latents + 2
+        is_text[:, -3:] = False
+        return torch.cat([inputs_embeds[:, :-3], text, inputs_embeds[:, -1:]], dim=1), attention_mask * ~is_text
+
     def _length_slots(
         self,
         batch_size: int,
