@@ -39,8 +39,8 @@ class IndexTTS2GenerationConfig(GenerationConfig):
             table (paper, section 3.1.1). By default what the checkpoint expects (`config.use_length_row`).
         text_guidance_scale (`float`, *optional*):
             Strength of the text (classifier-free guidance, Ho and Salimans 2022): above 1 the logits go so many times the way
-            from those without any text to those with it. A step then has twice the rows. For checkpoints that were trained
-            with `--text_dropout_probability`; not from the paper.
+            from those without any text to those with it. A step then has twice the rows. Meant for checkpoints that were
+            trained with `--text_dropout_probability`; not from the paper.
         kwargs:
             Everything [`~transformers.GenerationConfig`] takes.
 
