@@ -647,7 +647,7 @@ class T2SDataset(Dataset):
             example["num_semantic_tokens"] = count if limit is None else min(count, limit)
         if self.wrong_history_probability:
             example["read_ids"] = self._with_wrong_runs(example["semantic_ids"], rng)
-        example["has_text"] = not (self.text_dropout_probability and rng.random() < self.text_dropout_probability)
+        example["has_text"] = rng.random() >= self.text_dropout_probability
         if not example["has_text"] and "text_positions" in example:
             example["text_positions"] = torch.full_like(example["text_positions"], -100)
         return example

@@ -87,18 +87,15 @@ def check_num_semantic_tokens(
     return list(num_semantic_tokens) if isinstance(num_semantic_tokens, tuple) else num_semantic_tokens
 
 
-def check_text_guidance_scale(scale: float) -> float:
+def check_text_guidance_scale(scale: float) -> None:
     """
-    The scale itself.
-
     Raises:
-        ValueError: it is not a finite number of at least 1.
+        ValueError: the scale is not a finite number of at least 1.
     """
     if isinstance(scale, bool) or not (isinstance(scale, Real) and 1.0 <= scale < math.inf):  # also false for NaN
         raise ValueError(
             f"`text_guidance_scale` is {scale!r}, but it must be a finite number of at least 1; 1 is no guidance."
         )
-    return scale
 
 
 class SemanticTokenCountLogitsProcessor(LogitsProcessor):
