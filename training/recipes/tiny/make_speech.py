@@ -43,7 +43,7 @@ PUNCTUATION = ';:,.!?—…"()“”'
 NUM_BINS = 601  # of hibari's spectra, 0 to 12 kHz
 TILT_CENTER_HZ = 1000.0  # a tilt turns the spectrum around it
 # Mean level of what is neutral, dB of full scale, and the highest peak that is left: what is loud must find room above it.
-LEVEL_DB, MOST_PEAK = -25.0, 0.99
+LEVEL_DB, MOST_PEAK = -24.0, 0.99
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,8 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="?", metavar="TEXTS", help="a sentence a line")
     parser.add_argument("output", type=Path, metavar="OUTPUT")
     parser.add_argument("--references", action="store_true", help="one recording of each shipped voice; no TEXTS")
-    parser.add_argument("--num_sentences", type=int, help="only the first ones of a fixed order (default: all)")
+    parser.add_argument("--num_sentences", type=int, help="only so many, in a fixed order (default: all)")
+    parser.add_argument("--first_sentence", type=int, default=0, help="in that order, from 0 (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=2, help="(default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.references:
@@ -307,7 +308,7 @@ def main() -> None:
         return
     if arguments.texts is None:
         parser.error("TEXTS is missing; only --references goes without")
-    sentences = order(arguments.texts.read_text().splitlines())[: arguments.num_sentences]
+    sentences = order(arguments.texts.read_text().splitlines())[arguments.first_sentence :][: arguments.num_sentences]
     clips = [
         (sentence, arguments.output / f"{hashlib.sha256(sentence.encode()).hexdigest()[:12]}.flac")
         for sentence in sentences
