@@ -287,7 +287,7 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
         help="segments synthesised together; more is faster on a GPU and takes more memory (default: %(default)s)",
     )
 
-    sampling = parser.add_argument_group("sampling", "the defaults of the first six are the model's own")
+    sampling = parser.add_argument_group("sampling", "the defaults of the first seven are the model's own")
     sampling.add_argument("--num-beams", type=number(int, 1), metavar="N", help="beams of the search")
     sampling.add_argument("--temperature", type=number(float, 0, is_open=True), metavar="X", help="above 0")
     sampling.add_argument("--top-p", type=number(float, 0, 1, is_open=True), metavar="X", help="above 0, at most 1")
@@ -298,6 +298,12 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
         type=number(float, 1),
         metavar="X",
         help="strength of the text for the tokens; 1 is none and faster",
+    )
+    sampling.add_argument(
+        "--num-candidates",
+        type=number(int, 1),
+        metavar="N",
+        help="token sequences sampled for each segment, of which the likeliest is spoken; without beams",
     )
     sampling.add_argument(
         "--num-inference-steps", type=number(int, 1), metavar="N", help="flow-matching steps (default: 25)"
@@ -319,8 +325,10 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
 def check_speak(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.text is None and args.text_file is None and (sys.stdin is None or sys.stdin.isatty()):
         parser.error("there is no text: give it as an argument, with --text-file or on standard input")
-    if args.greedy and (args.temperature, args.top_p, args.top_k) != (None, None, None):
-        parser.error("--greedy does not sample: it does not go with --temperature, --top-p or --top-k")
+    if args.greedy and (args.temperature, args.top_p, args.top_k, args.num_candidates) != (None, None, None, None):
+        parser.error(
+            "--greedy does not sample: it does not go with --temperature, --top-p, --top-k or --num-candidates"
+        )
     for path in (args.voice, args.emotion_audio, args.text_file):
         if path is not None and args.output.exists() and os.path.exists(path) and args.output.samefile(path):
             parser.error(f"the output '{args.output}' is also an input and would be lost: name another with -o")

@@ -174,6 +174,7 @@ class TestParser:
             (["speak", "a", "--emotion-strength", "2"], "'2' is not a number of at least 0 and at most 1"),
             (["speak", "a", "--top-p", "1.5"], "'1.5' is not a number above 0 and at most 1"),
             (["speak", "a", "--greedy", "--top-k", "3"], "--greedy does not sample"),
+            (["speak", "a", "--greedy", "--num-candidates", "3"], "--greedy does not sample"),
             (["speak", "a", "--seed", "one"], "'one' is not a whole number"),
             (["speak", "--text-file", "missing.txt"], "there is no file 'missing.txt'"),
             (["speak", "a", "--text-file", "."], "'.' is a folder, name a file in it"),
@@ -328,6 +329,7 @@ class TestSpeak:
             ["--num-inference-steps", "3"],
             ["--guidance-scale", "1"],
             ["--text-guidance-scale", "4"],
+            ["--num-candidates", "3"],
             ["--dtype", "bfloat16"],
         ]
         # Of so many tokens: of half as many, two beams can find what greedy search finds.

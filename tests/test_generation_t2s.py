@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import make_tiny_t2s
@@ -6,7 +8,11 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TopKLogitsWarper
 
 from indextts2_hf import IndexTTS2GenerationConfig, IndexTTS2T2SForConditionalGeneration
-from indextts2_hf.generation_t2s import SeededSamplingLogitsProcessor, SemanticTokenCountLogitsProcessor
+from indextts2_hf.generation_t2s import (
+    SeededSamplingLogitsProcessor,
+    SemanticTokenCountLogitsProcessor,
+    likeliest_candidates,
+)
 
 
 STOP = 65
@@ -370,6 +376,102 @@ def test_impossible_guidance(t2s, scale):
         IndexTTS2GenerationConfig(text_guidance_scale=scale)
 
 
+# Candidates
+
+
+@pytest.mark.parametrize("text_guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("num_semantic_tokens", [None, [9, 4, None]])
+def test_the_likeliest_candidate_is_kept(t2s, text_guidance_scale, num_semantic_tokens):
+    settings = MODES["sampling"] | {"max_new_tokens": 20, "text_guidance_scale": text_guidance_scale}
+    settings |= {"num_semantic_tokens": num_semantic_tokens}
+    inputs = make_inputs(t2s)
+    all_sequences = t2s.generate(
+        **inputs, **settings, num_return_sequences=4, logits_processor=seeded_processor(0, 1, 2)
+    )
+    kept = t2s.generate(**inputs, **settings, num_candidates=4, logits_processor=seeded_processor(0, 1, 2))
+    assert len({tuple(row) for row in all_sequences.tolist()}) > 6
+    embeds, mask = t2s.prepare_prefix(**inputs, num_semantic_tokens=num_semantic_tokens)
+    places = []
+    for row, candidates in enumerate(all_sequences.split(4)):
+        scores = []
+        for ids in candidates:
+            is_cut = STOP not in ids
+            num_tokens = len(ids) if is_cut else ids.tolist().index(STOP)
+            output = t2s(
+                inputs_embeds=embeds[row : row + 1],
+                attention_mask=mask[row : row + 1],
+                semantic_ids=ids[None, :num_tokens],
+            )
+            targets = ids if is_cut else ids[: num_tokens + 1]
+            log_probs = output.logits[0, : len(targets)].log_softmax(dim=-1)
+            scores.append(-math.inf if is_cut else log_probs.gather(1, targets[:, None]).mean().item())
+        places.append(max(range(4), key=scores.__getitem__))
+        best = candidates[places[-1]]
+        assert torch.equal(kept[row], best[: kept.shape[1]]), scores
+    assert any(places)
+
+
+@pytest.mark.parametrize("num_semantic_tokens", [None, [9, 4, None]])
+def test_a_row_with_candidates_alone_equals_the_row_in_a_batch(t2s, num_semantic_tokens):
+    settings = MODES["sampling"] | {"max_new_tokens": 20, "text_guidance_scale": 2.0, "num_candidates": 3}
+    settings |= {"num_semantic_tokens": num_semantic_tokens}
+    batch = t2s.generate(**make_inputs(t2s), **settings, logits_processor=seeded_processor(3, 4, 5))
+    assert len(batch) == 3
+    for row in range(3):
+        alone = settings | {"num_semantic_tokens": num_semantic_tokens and num_semantic_tokens[row]}
+        alone = t2s.generate(**make_row(t2s, row), **alone, logits_processor=seeded_processor(3 + row))[0]
+        length = min(len(alone), batch.shape[1])
+        assert torch.equal(batch[row, :length], alone[:length])
+        assert (batch[row, length:] == STOP).all() and (alone[length:] == STOP).all()
+
+
+def test_the_choice_among_candidates():
+    # Rows of two candidates each; the second row has one that is likelier but never ends, the third only such.
+    sequences = torch.tensor([[1, 2, 3], [2, 3, 3], [1, 1, 1], [2, 3, 3], [1, 1, 1], [1, 1, 1]])
+    probabilities = torch.tensor([[0.1, 0.5, 0.2, 0.2], [0.1, 0.3, 0.1, 0.5], [0.1, 0.5, 0.2, 0.2]])
+    logits = tuple((row.log() + 3.0).expand(12, 4) for row in probabilities)  # not normalised, and twice the rows
+    # Means of three and of two tokens: log(0.5 * 0.1 * 0.2) / 3 = -1.54 and log(0.2 * 0.5) / 2 = -1.15.
+    assert likeliest_candidates(sequences, logits, 2, 3).tolist() == [1, 3, 4]
+    # The mean decides, not the sum: log(0.5 * 0.3 * 0.2) / 3 = -1.17 and log(0.1 * 0.5) / 2 = -1.50.
+    sequences = torch.tensor([[1, 1, 3], [0, 3, 3]])
+    assert likeliest_candidates(sequences, logits, 2, 3).tolist() == [0]
+
+
+def test_candidates_are_for_sampling_alone(t2s):
+    for mode in ("greedy", "beams"):
+        settings = MODES[mode] | {"max_new_tokens": 12}
+        plain = t2s.generate(**make_inputs(t2s), **settings)
+        assert torch.equal(t2s.generate(**make_inputs(t2s), **settings, num_candidates=4), plain), mode
+
+
+def test_candidates_from_the_generation_config_of_the_model(tmp_path):
+    t2s = make_tiny_t2s()
+    settings = MODES["sampling"] | {"max_new_tokens": 12}
+
+    def speak(**options):
+        return t2s.generate(**make_inputs(t2s), **settings, **options, logits_processor=seeded_processor(0, 1, 2))
+
+    expected, one = speak(num_candidates=5), speak()
+    t2s.generation_config = IndexTTS2GenerationConfig(num_candidates=5)
+    t2s.save_pretrained(tmp_path)
+    t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(speak(), expected)
+    assert torch.equal(speak(num_candidates=1), one) and not torch.equal(one, expected)
+    output = speak(return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected) and len(output.logits[0]) == 15
+    with pytest.raises(ValueError, match=r"Both `num_candidates` \(5\) and `num_return_sequences` \(2\) are above 1"):
+        speak(num_return_sequences=2)
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, "2"])
+def test_impossible_candidates(t2s, number):
+    message = "`num_candidates` is .*, but it must be a whole number of at least 1; 1 samples each row once"
+    with pytest.raises(ValueError, match=message):
+        t2s.generate(**make_inputs(t2s), num_candidates=number)
+    with pytest.raises(ValueError, match=message):
+        IndexTTS2GenerationConfig(num_candidates=number)
+
+
 # The processors alone
 
 
@@ -538,5 +640,5 @@ def test_seeded_sampling_errors(t2s):
         t2s.generate(**make_inputs(t2s), num_beams=3, logits_processor=seeded_processor(1, 2, 3))
     with pytest.raises(ValueError, match="There are 2 generators for 3 rows"):
         t2s.generate(**make_inputs(t2s), do_sample=True, logits_processor=seeded_processor(1, 2))
-    with pytest.raises(ValueError, match="There are 1 generators for 2 rows"):
-        t2s.generate(**make_row(t2s, 0), do_sample=True, num_return_sequences=2, logits_processor=seeded_processor(1))
+    with pytest.raises(ValueError, match="There are 4 generators for 3 rows"):
+        t2s.generate(**make_inputs(t2s), do_sample=True, logits_processor=seeded_processor(1, 2, 3, 4))

@@ -764,6 +764,18 @@ def test_generation_settings(tiny_model, tiny_voice):
     assert not torch.equal(guided.audio[0], unguided.audio[0])
 
 
+def test_candidates_alone_and_in_a_batch(tiny_model, tiny_voice):
+    settings = {"voice": tiny_voice, "do_sample": True, "num_beams": 1, "num_candidates": 3, "max_new_tokens": 20}
+    texts = [[HELLO], [MORNING, WELL]]
+    both = speak(tiny_model, *texts, seed=[1, 2], segment_batch_size=2, **settings)
+    for index, text in enumerate(texts):
+        alone = speak(tiny_model, text, seed=index + 1, segment_batch_size=1, **settings)
+        for ids, expected in zip(both.semantic_ids[index], alone.semantic_ids[0], strict=True):
+            assert torch.equal(ids, expected)
+    plain = speak(tiny_model, [HELLO], seed=1, **(settings | {"num_candidates": 1}))
+    assert not torch.equal(plain.semantic_ids[0][0], both.semantic_ids[0][0])
+
+
 def test_unknown_arguments(tiny_model, tiny_voice):
     for call in (tiny_model.generate, lambda **kwargs: next(tiny_model.stream(**kwargs))):
         with pytest.raises(TypeError, match="IndexTTS2 takes no 'voize', 'speed'"):

@@ -58,6 +58,7 @@ def ask(pipe: IndexTTS2TextToAudioPipeline, **changes) -> list[tuple]:
             "text": 'It\'s "quoted",\nand broken.',
         },
         {"emotion_from": RECORDING, "emotion_audio": "joy.flac", "emotion_strength": 0.5, "temperature": 0.6},
+        {"num_candidates": 3, "text_guidance_scale": 2.0, "seed": "3"},
         {"emotion_from": WORDS, "emotion_text": "bursting with joy", "length_from": TOKENS, "num_semantic_tokens": 20},
         {
             "text": LONG_TEXT,
@@ -67,7 +68,7 @@ def ask(pipe: IndexTTS2TextToAudioPipeline, **changes) -> list[tuple]:
             "num_semantic_tokens": 180,
         },
     ],
-    ids=["weights-seconds", "recorded-voice", "recorded-emotion", "words", "long-beams"],
+    ids=["weights-seconds", "recorded-voice", "recorded-emotion", "candidates", "words", "long-beams"],
 )
 def test_the_shown_call_makes_the_same_sound(changes, pipe, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -274,6 +275,7 @@ BAD_VALUES = {
     "voice with a path": ({"voice": "/etc/passwd"}, "/etc/passwd"),
     "steps": ({"num_inference_steps": 100_000}, "100000"),
     "beams": ({"num_beams": 0}, "0"),
+    "candidates": ({"num_candidates": 1000}, "1000"),
     "weight": ({"emotion_from": WEIGHTS, "happy": 50}, "50"),
     "emotion that is not offered": ({"emotion_from": WORDS, "emotion_text": "joy"}, "words"),
     "seconds": ({"length_from": SECONDS, "duration_s": 1e9}, "1000000000"),

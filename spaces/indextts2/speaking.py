@@ -57,6 +57,7 @@ def usual_settings(pipe: IndexTTS2TextToAudioPipeline) -> dict[str, float]:
         "top_k": settings.top_k or 50,
         "num_beams": settings.num_beams or 1,
         "text_guidance_scale": getattr(settings, "text_guidance_scale", 1.0),
+        "num_candidates": getattr(settings, "num_candidates", 1),
         "num_inference_steps": len(pipe.model.scheduler.config.get("grid") or range(26)) - 1,
         "guidance_scale": 1.7,
         "segment_silence_s": 0.2,
@@ -212,8 +213,8 @@ def make_speak(pipe: IndexTTS2TextToAudioPipeline) -> Callable[..., Iterator[tup
         num_semantic_tokens: int | None = None,
         seed: str | None = None,
         temperature: float | None = None, top_p: float | None = None, top_k: int | None = None,
-        num_beams: int | None = None, text_guidance_scale: float | None = None, num_inference_steps: int | None = None,
-        guidance_scale: float | None = None, segment_silence_s: float | None = None,
+        num_beams: int | None = None, text_guidance_scale: float | None = None, num_candidates: int | None = None,
+        num_inference_steps: int | None = None, guidance_scale: float | None = None, segment_silence_s: float | None = None,
         progress=gr.Progress(),  # noqa: B008 - how Gradio finds it
     ) -> Iterator[tuple]:  # fmt: skip
         """
@@ -225,7 +226,8 @@ def make_speak(pipe: IndexTTS2TextToAudioPipeline) -> Callable[..., Iterator[tup
             zip(EMOTIONS, (happy, angry, sad, afraid, disgusted, melancholic, surprised, calm), strict=True)
         )
         settings = (
-            temperature, top_p, top_k, num_beams, text_guidance_scale, num_inference_steps, guidance_scale, segment_silence_s
+            temperature, top_p, top_k, num_beams, text_guidance_scale, num_candidates, num_inference_steps, guidance_scale,
+            segment_silence_s,
         )  # fmt: skip
         pieces: list[np.ndarray] = []
         segments: list[dict[str, Any]] = []

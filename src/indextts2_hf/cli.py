@@ -270,7 +270,7 @@ def read_text(args: argparse.Namespace) -> str:
 
 def search_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The generation settings that were given."""
-    names = ("num_beams", "temperature", "top_p", "top_k", "text_guidance_scale")
+    names = ("num_beams", "temperature", "top_p", "top_k", "text_guidance_scale", "num_candidates")
     given = {name: getattr(args, name) for name in names}
     settings = {name: value for name, value in given.items() if value is not None}
     return {**settings, "do_sample": False} if args.greedy else settings

@@ -23,12 +23,12 @@ from transformers.generation.utils import GenerateOutput
 # meets a row without any possible token.
 _FORBIDDEN = -1e9
 # The settings that are not stock.
-OWN_SETTINGS = ("num_semantic_tokens", "duration_conditioning", "text_guidance_scale")
+OWN_SETTINGS = ("num_semantic_tokens", "duration_conditioning", "text_guidance_scale", "num_candidates")
 
 
 class IndexTTS2GenerationConfig(GenerationConfig):
     r"""
-    Generation settings of IndexTTS2. All stock names keep their meaning; three are new.
+    Generation settings of IndexTTS2. All stock names keep their meaning; four are new.
 
     Args:
         num_semantic_tokens (`int` or `list[int | None]`, *optional*):
@@ -41,11 +41,15 @@ class IndexTTS2GenerationConfig(GenerationConfig):
             Strength of the text (classifier-free guidance, Ho and Salimans 2022): above 1 the logits go so many times the way
             from those without any text to those with it. A step then has twice the rows. Meant for checkpoints that were
             trained with `--text_dropout_probability`; not from the paper.
+        num_candidates (`int`, *optional*):
+            How many sequences are sampled for each row, of which the likeliest is kept (`likeliest_candidates`). A step then has
+            so many times the rows. Means sampling with one beam; greedy search and beams go without. Not from the paper.
         kwargs:
             Everything [`~transformers.GenerationConfig`] takes.
 
     Raises:
-        ValueError: `num_semantic_tokens` is not made of whole numbers of at least 1, or `text_guidance_scale` is below 1.
+        ValueError: `num_semantic_tokens` is not made of whole numbers of at least 1, `text_guidance_scale` is below 1, or
+            `num_candidates` is not a whole number of at least 1.
     """
 
     def __init__(self, **kwargs):
@@ -59,6 +63,7 @@ class IndexTTS2GenerationConfig(GenerationConfig):
         super().validate(*args, **kwargs)
         check_num_semantic_tokens(getattr(self, "num_semantic_tokens", None))
         check_text_guidance_scale(getattr(self, "text_guidance_scale", 1.0))
+        check_num_candidates(getattr(self, "num_candidates", 1))
 
     @classmethod
     def from_model_config(cls, model_config) -> GenerationConfig:
@@ -96,6 +101,50 @@ def check_text_guidance_scale(scale: float) -> None:
         raise ValueError(
             f"`text_guidance_scale` is {scale!r}, but it must be a finite number of at least 1; 1 is no guidance."
         )
+
+
+def check_num_candidates(num_candidates: int) -> None:
+    """
+    Raises:
+        ValueError: the number is not a whole number of at least 1.
+    """
+    if isinstance(num_candidates, bool) or not isinstance(num_candidates, Integral) or num_candidates < 1:
+        raise ValueError(
+            f"`num_candidates` is {num_candidates!r}, but it must be a whole number of at least 1; 1 samples each row once."
+        )
+
+
+def likeliest_candidates(
+    sequences: torch.LongTensor, logits: tuple[torch.Tensor, ...], num_candidates: int, semantic_stop_token_id: int
+) -> torch.LongTensor:
+    r"""
+    Of the candidates of each row the one with the highest mean log-probability per token, with its text, without guidance and
+    temperature. One that never ended is kept only where none did.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch_size * num_candidates, num_generated)`):
+            Generated ids, filled with the stop id.
+        logits (`tuple[torch.Tensor]`, each of shape `(at least batch_size * num_candidates, vocab_size)`):
+            Of each step, before any processor. Under text guidance the rows without text are behind, and not looked at.
+        num_candidates (`int`): neighbouring rows of `sequences` that are candidates for the same.
+        semantic_stop_token_id (`int`): id that ends a row; its first place counts as a token.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`: rows of `sequences`.
+    """
+    log_probs = torch.stack(
+        [
+            step[: len(sequences)].float().log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+            for step, ids in zip(logits, sequences.unbind(dim=1), strict=True)
+        ],
+        dim=1,
+    )
+    is_stop = sequences == semantic_stop_token_id
+    is_own = (is_stop.cumsum(dim=1) - is_stop.long()) == 0
+    scores = (log_probs * is_own).sum(dim=1) / is_own.sum(dim=1)
+    scores = scores.masked_fill(~is_stop.any(dim=1), -math.inf)
+    best = scores.view(-1, num_candidates).argmax(dim=1)
+    return best + num_candidates * torch.arange(len(best), device=best.device)
 
 
 class SemanticTokenCountLogitsProcessor(LogitsProcessor):
@@ -169,23 +218,26 @@ class SeededSamplingLogitsProcessor(LogitsProcessor):
     `do_sample=True` and one beam; it is applied after temperature, top-k and top-p.
 
     Args:
-        generators (`list[torch.Generator]`): one for each row, on the device of the model.
+        generators (`list[torch.Generator]`):
+            One for each row, on the device of the model. The sequences of one row (`num_return_sequences`, `num_candidates`)
+            share its generator.
 
     Raises:
-        ValueError: there are more or fewer rows than generators.
+        ValueError: the rows are not as many for each generator.
     """
 
     def __init__(self, generators: list[torch.Generator]):
         self.generators = generators
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if len(self.generators) != len(scores):
+        num_sequences, rest = divmod(len(scores), len(self.generators))
+        if rest or not num_sequences:
             raise ValueError(
-                f"There are {len(self.generators)} generators for {len(scores)} rows. "
-                "Seeded sampling needs one for each row, and `num_return_sequences=1`."
+                f"There are {len(self.generators)} generators for {len(scores)} rows. Seeded sampling needs one for each row."
             )
-        uniform = torch.stack(
-            [torch.rand(scores.shape[1:], generator=generator, device=scores.device) for generator in self.generators]
+        shape = (num_sequences, scores.shape[1])
+        uniform = torch.cat(
+            [torch.rand(shape, generator=generator, device=scores.device) for generator in self.generators]
         )
         gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float32).tiny)))
         chosen = (scores.float() + gumbel).argmax(dim=-1, keepdim=True)
@@ -228,16 +280,17 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             generation_config (`GenerationConfig`, *optional*):
                 Settings instead of the model's own.
             kwargs:
-                Generation settings, `num_semantic_tokens`, `duration_conditioning` and `text_guidance_scale` among them; see
-                [`IndexTTS2GenerationConfig`].
+                Generation settings, `num_semantic_tokens`, `duration_conditioning`, `text_guidance_scale` and `num_candidates`
+                among them; see [`IndexTTS2GenerationConfig`].
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, num_generated)`: semantic ids without the start id; a row that ended
             holds the stop id and is filled with it. With `return_dict_in_generate=True` the stock output, whose
-            `sequences` are these.
+            `sequences` are these; with `num_candidates` all else in it is of all candidates.
 
         Raises:
-            ValueError: the prefix is missing or given twice, or a count is impossible for this checkpoint.
+            ValueError: the prefix is missing or given twice, a count is impossible for this checkpoint, or both candidates and
+                several sequences are asked for.
         """
         generation_config, kwargs = self._prepare_generation_config(generation_config, **kwargs)
         if (inputs_embeds is None) == (input_ids is None):
@@ -262,6 +315,17 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         placeholder_ids[:, -1] = self.config.semantic_start_token_id
         if getattr(generation_config, "text_guidance_scale", 1.0) > 1.0:
             kwargs["textless_embeds"], kwargs["textless_mask"] = self.without_text(inputs_embeds, attention_mask)
+        is_sampled = generation_config.do_sample and (generation_config.num_beams or 1) == 1
+        num_candidates = getattr(generation_config, "num_candidates", 1) if is_sampled else 1
+        is_dict_asked = generation_config.return_dict_in_generate
+        if num_candidates > 1:
+            if (generation_config.num_return_sequences or 1) > 1:
+                raise ValueError(
+                    f"Both `num_candidates` ({num_candidates}) and `num_return_sequences` ({generation_config.num_return_sequences}) "
+                    "are above 1: all sequences of a row, or the likeliest of them. Give 1 for one of the two."
+                )
+            generation_config.num_return_sequences = num_candidates
+            generation_config.return_dict_in_generate = generation_config.output_logits = True
 
         output = super().generate(
             input_ids=placeholder_ids,
@@ -274,7 +338,12 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         if isinstance(output, torch.Tensor):
             return output[:, prompt_length:]
         output.sequences = output.sequences[:, prompt_length:]
-        return output
+        if num_candidates > 1:
+            rows = likeliest_candidates(
+                output.sequences, output.logits, num_candidates, self.config.semantic_stop_token_id
+            )
+            output.sequences = output.sequences[rows]
+        return output if is_dict_asked else output.sequences
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -300,6 +369,7 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             if value is not None:
                 setattr(generation_config, name, value)
         check_text_guidance_scale(getattr(generation_config, "text_guidance_scale", 1.0))
+        check_num_candidates(getattr(generation_config, "num_candidates", 1))
 
         counts = check_num_semantic_tokens(getattr(generation_config, "num_semantic_tokens", None))
         if counts is not None:
