@@ -351,7 +351,7 @@ def test_speakers_of_few_utterances_come_more_often(tiny_features):
 
 
 def test_a_prompt_of_another_recording(tiny_features, t2s):
-    """Its tokens, frames and voice stand before the whole utterance, whose tokens alone have the states of its text."""
+    """Its end and its voice stand before the whole utterance, whose tokens alone have the states of its text."""
     features = load_features(tiny_features, "train")
     dataset = make_dataset(
         tiny_features, hidden_states_probability=1.0, other_prompt_probability=1.0, prompt_share=(0.3, 0.5)
@@ -365,21 +365,18 @@ def test_a_prompt_of_another_recording(tiny_features, t2s):
         found = [
             torch.equal(example["speaker_embeds"], torch.tensor(other["speaker_embeds"]))
             and torch.equal(example["t2s"]["speaker_features"], torch.tensor(other["semantic_features"]).float())
-            and any(
-                torch.equal(
-                    example["semantic_ids"][:count], torch.tensor(other["semantic_ids"][place : place + count]).long()
-                )
-                and torch.equal(
-                    example["mel"][:frames],
-                    torch.tensor(other["mel"]).float()[int(place * FRAMES_PER_TOKEN) :][:frames],
-                )
-                for place in range(len(other["semantic_ids"]) - count + 1)
+            and torch.equal(example["semantic_ids"][:count], torch.tensor(other["semantic_ids"][-count:]).long())
+            and torch.equal(
+                example["mel"][:frames],
+                torch.tensor(other["mel"]).float()[int((len(other["semantic_ids"]) - count) * FRAMES_PER_TOKEN) :][
+                    :frames
+                ],
             )
             for other in features
         ]
         assert sum(found) == 1 and not found[5]
 
-    # Together they are no longer than a crop.
+    # Together they are no longer than a crop, which has the beginning.
     cropped = make_dataset(
         tiny_features,
         hidden_states_probability=1.0,
@@ -393,9 +390,10 @@ def test_a_prompt_of_another_recording(tiny_features, t2s):
     assert [len(example["semantic_ids"]) for example in examples] == [15] * 4
     batch, whole = collate(examples), collate([dataset[index, index] for index in range(4)])
     (states, is_used), (whole_states, _) = (compute_hidden_states(t2s, of) for of in (batch, whole))
-    for row, start in enumerate(batch["t2s"]["starts"]):
+    assert batch["t2s"]["starts"] == [0] * 4
+    for row in range(4):
         first = int(batch["num_prompt_tokens"][row])
-        whole_first = int(whole["num_prompt_tokens"][row]) + start
+        whole_first = int(whole["num_prompt_tokens"][row])
         torch.testing.assert_close(states[row, first:15], whole_states[row, whole_first : whole_first + 15 - first])
         assert is_used[row].tolist() == [False] * first + [True] * (15 - first)
 

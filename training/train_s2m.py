@@ -12,8 +12,8 @@ the target's mel mixed with noise, and learns the way from the noise to the mel.
 with the hidden states of the checkpoint's own text-to-semantic transformer: train that one first.
 
 A prompt of the same utterance is as loud and as high as the target. In speech with emotion it would tell level, tilt and pitch, which
-then need not be learnt from tokens and states; with `--other_prompt_probability` it comes from another recording of the speaker, as it does
-in inference.
+then need not be learnt from tokens and states; with `--other_prompt_probability` it is the end of another recording of the speaker, and
+the target the beginning of the utterance, as in inference.
 
 The paper states the random cut, the three conditions, the 0.5 and the L1 loss. The released code states the uniform times and the
 0.1 of dropped conditions. Where utterances are cut, prompts of other recordings, the shift of times, batch, rate, steps and schedule
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
         "--other_prompt_probability",
         type=float,
         default=0.0,
-        help="how often the prompt is of another recording of the speaker, and the whole utterance the target (ours: %(default)s)",
+        help="how often the prompt is the end of another recording of the speaker, and the utterance from its beginning the target (ours: %(default)s)",
     )
     parser.add_argument(
         "--least_rows_per_speaker",
@@ -130,12 +130,12 @@ class FlowMatchingDataset(Dataset):
         features (`datasets.Dataset`): from `load_features`.
         seed (`int`): of everything that is drawn.
         mel_frames_per_token (`float`): that of the network; says at which frame a token begins.
-        max_frames (`int`): longer utterances are cropped to about that many mel frames.
+        max_frames (`int`): longer utterances are cropped to about that many mel frames, prompt included.
         prompt_share (`tuple[float, float]`): least and most share of the tokens that is the prompt.
         timestep_shift (`float`): 1 draws times evenly; above 1 they are nearer to 0, the noise.
         hidden_states_probability (`float`): how often an example comes with the inputs of the T2S.
         condition_dropout (`float`, defaults to 0.0): how often it has no conditions.
-        other_prompt_probability (`float`, defaults to 0.0): how often the prompt is of another recording, where there is one.
+        other_prompt_probability (`float`, defaults to 0.0): how often the prompt is the end of another recording, where there is one.
         num_rows (`int`, *optional*): only so many utterances, spread evenly.
         least_rows_per_speaker (`int`, defaults to 1): the utterances of a speaker with fewer are repeated up to so many.
     """
@@ -203,7 +203,7 @@ class FlowMatchingDataset(Dataset):
         utterance = self.utterances[row]
 
         # Everything is drawn whether it is used or not: one option does not change what another one does.
-        crop, share, time, no_conditions, with_states, voice, feeling, other_prompt, place = rng.random(9).tolist()
+        crop, share, time, no_conditions, with_states, voice, feeling, other_prompt = rng.random(8).tolist()
 
         # As in inference, voice and prompt are of one recording.
         others = [other for other in self.rows_of_speaker[self.speakers[row]] if self.clips[other] != self.clips[row]]
@@ -221,8 +221,9 @@ class FlowMatchingDataset(Dataset):
             prompt_mel = torch.as_tensor(prompt["mel"]).float()
             speaker_embeds = torch.as_tensor(prompt["speaker_embeds"]).float()
             num_prompt_tokens = min(num_prompt_tokens, len(prompt_ids))
-            prompt_ids, prompt_mel, _ = self._cut(prompt_ids, prompt_mel, num_prompt_tokens, place)
-            semantic_ids, mel, start = self._cut(whole_ids, mel, self.max_tokens - num_prompt_tokens, crop)
+            # As in inference, where a recording ends and a sentence begins: from random places a beginning would hardly be seen.
+            prompt_ids, prompt_mel, _ = self._cut(prompt_ids, prompt_mel, num_prompt_tokens, 1.0)
+            semantic_ids, mel, start = self._cut(whole_ids, mel, self.max_tokens - num_prompt_tokens, 0.0)
             num_prompt_frames = len(prompt_mel)
             semantic_ids, mel = torch.cat([prompt_ids, semantic_ids]), torch.cat([prompt_mel, mel])
         else:
@@ -264,7 +265,7 @@ class FlowMatchingDataset(Dataset):
         """At most `num_tokens` of an utterance with their frames, at a `place` from 0 to 1; and the first one's number."""
         if num_tokens >= len(semantic_ids):
             return semantic_ids, mel, 0
-        start = int(place * (len(semantic_ids) - num_tokens + 1))
+        start = min(int(place * (len(semantic_ids) - num_tokens + 1)), len(semantic_ids) - num_tokens)
         first_frame = int(start * self.mel_frames_per_token)
         mel = mel[first_frame : first_frame + int(num_tokens * self.mel_frames_per_token)]
         return semantic_ids[start : start + num_tokens], mel, start
