@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
         "--max_frames",
         type=positive_int,
         default=2584,
-        help="mel frames of an utterance; longer ones are cropped at random (ours: %(default)s, 30 s)",
+        help="mel frames of an utterance, prompt included; longer ones are cropped (ours: %(default)s, 30 s)",
     )
     parser.add_argument(
         "--timestep_shift",
