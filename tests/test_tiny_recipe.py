@@ -58,10 +58,12 @@ def test_texts(monkeypatch, tmp_path):
         words = ["".join(rng.choice(syllables, 2)) for _ in range(2400)]
         examples = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)]
         glosses = (
-            f'00001 03 n 01 word 0 000 | as {example.replace(" ", " (or so) ", 1)}; a place in Ghent; "{example}"'
+            f'00001 03 n 02 {example.split()[0]} 0 A_name 0 000 | as {example.replace(" ", " (or so) ", 1)}; a place in Ghent; "{example}"'
             for example in examples
         )
         (tmp_path / f"data.{part}").write_text("\n".join(["  1 a licence", *glosses]))
+    for part in ("noun", "verb"):
+        (tmp_path / f"{part}.exc").write_text("")
     run("make_texts", monkeypatch, tmp_path, tmp_path / "texts")
     train, held_out, definitions = (
         (tmp_path / "texts" / f"{name}.txt").read_text().splitlines() for name in ("train", "held-out", "definitions")
@@ -70,7 +72,47 @@ def test_texts(monkeypatch, tmp_path):
     # Without what stands in brackets, and without names; some are held out, of other words than the examples.
     assert 1140 <= len(definitions) < 1200
     assert all(re.fullmatch(r"As( [a-z]+){8}\.", definition) for definition in definitions)
-    assert load("make_texts").is_held_out(held_out[0]) and not load("make_texts").is_held_out(train[0])
+    make_texts = load("make_texts")
+    assert make_texts.is_held_out(held_out[0]) and not make_texts.is_held_out(train[0])
+    # Sentences with every plain word, each of its part of speech as often as the others.
+    sentences = (tmp_path / "texts" / "words.txt").read_text().splitlines()
+    assert len(sentences) == make_texts.NUM_WORD_SENTENCES
+    adjectives = make_texts.read_words(tmp_path, "adj")
+    assert 250 < len(adjectives) <= 300 and "A_name" not in adjectives
+    heard = Counter(
+        sentence.split()[1] for sentence in sentences if re.fullmatch(r"The \w+ \w+ \w+ the \w+\.", sentence)
+    )
+    assert heard.keys() <= set(adjectives) and all(
+        re.fullmatch(r"[A-Z][a-z ,]+[.!?]", sentence) for sentence in sentences
+    )
+    counts = Counter(word for sentence in sentences for word in re.findall(r"[a-z]+", sentence.lower()))
+    assert min(counts[word] for word in adjectives) > 30
+
+
+@pytest.mark.parametrize(
+    ("word", "form", "inflected"),
+    [
+        ("hiker", "NOUN", "hiker"),
+        ("crevasse", "PLURAL", "crevasses"),
+        ("county", "PLURAL", "counties"),
+        ("boy", "PLURAL", "boys"),
+        ("wolf", "PLURAL", "wolves"),  # irregular
+        ("hush", "PRESENT", "hushes"),
+        ("dip", "PRESENT", "dips"),
+        ("dip", "PAST", "dipped"),  # irregular
+        ("dip", "PARTICIPLE", "dipping"),  # irregular
+        ("sleep", "PAST", "slept"),  # irregular
+        ("sleep", "PARTICIPLE", "sleeping"),
+        ("escalade", "PAST", "escaladed"),
+        ("escalade", "PARTICIPLE", "escalading"),
+        ("agree", "PARTICIPLE", "agreeing"),
+        ("carry", "PAST", "carried"),
+        ("lie", "PARTICIPLE", "lying"),
+    ],
+)
+def test_words_are_inflected(word, form, inflected):
+    irregular = {"wolf": ["wolves"], "dip": ["dipped", "dipping"], "sleep": ["slept"]}
+    assert load("make_texts").inflect(word, form, irregular) == inflected
 
 
 def test_recordings_are_cut_at_pauses():

@@ -4,15 +4,18 @@ every use with its notice.
 
     python training/recipes/tiny/make_texts.py WORDNET_FOLDER OUTPUT
 
-`WORDNET_FOLDER` has the files `data.noun`, `data.verb`, `data.adj`, `data.adv` (Debian: `/usr/share/wordnet` of the package
-`wordnet-base`). `OUTPUT/train.txt` and `OUTPUT/held-out.txt` get a sentence a line, the examples; which one a sentence goes to depends on
-its words alone. `OUTPUT/definitions.txt` gets the definitions, which have many words that no example has. `OUTPUT/bpe.model` is
-the vocabulary: the most frequent pieces of the training sentences.
+`WORDNET_FOLDER` has the files `data.noun`, `data.verb`, `data.adj`, `data.adv`, `noun.exc` and `verb.exc` (Debian: `/usr/share/wordnet`
+of the package `wordnet-base`). `OUTPUT/train.txt` and `OUTPUT/held-out.txt` get a sentence a line, the examples; which one a sentence
+goes to depends on its words alone. `OUTPUT/definitions.txt` gets the definitions, which have many words that no example has.
+`OUTPUT/words.txt` gets sentences that mean nothing, with every word of the dictionary: how a rare word is pronounced has to be heard.
+`OUTPUT/bpe.model` is the vocabulary: the most frequent pieces of the training sentences.
 """
 
 import argparse
 import hashlib
 import io
+import itertools
+import random
 import re
 from pathlib import Path
 
@@ -39,6 +42,35 @@ LEFT_OUT = re.compile(
 )
 
 
+# The sentences of words: parts of speech and inflections stand for words.
+NUM_WORD_SENTENCES = 32000
+PATTERNS = (
+    "The ADJECTIVE NOUN PAST the PLURAL.",
+    "That ADJECTIVE NOUN had PLURAL in the NOUN.",
+    "He PAST ADVERB, and she PAST the NOUN.",
+    "He was their NOUN, and ADJECTIVE too.",
+    "Her ADJECTIVE PLURAL can VERB a long NOUN.",
+    "His NOUN PRESENT like this ADJECTIVE NOUN.",
+    "We saw the NOUN PARTICIPLE near some PLURAL.",
+    "It is too ADJECTIVE to VERB ADVERB.",
+    "Is there any ADJECTIVE NOUN, or only PLURAL?",
+    "Do not VERB your ADJECTIVE NOUN!",
+    "She likes PARTICIPLE, but that NOUN was ADJECTIVE.",
+    "No NOUN in the world PRESENT so ADVERB.",
+    "I will VERB every NOUN of the ADJECTIVE NOUN.",
+    "You must VERB, VERB and VERB the NOUN.",
+    "In the NOUN of PLURAL, he PAST ADVERB.",
+    "One NOUN, two PLURAL and the old NOUN.",
+    "They have PLURAL and a bit of NOUN for the ADJECTIVE ones.",
+    "ADVERB, they PAST our ADJECTIVE NOUN.",
+    "ADJECTIVE PLURAL were PARTICIPLE on their NOUN.",
+    "PLURAL and PLURAL are ADJECTIVE.",
+    "NOUN and NOUN PAST each other ADVERB.",
+)
+PARTS = {"ADJECTIVE": "adj", "ADVERB": "adv", "NOUN": "noun", "PLURAL": "noun"}  # the others are verbs
+WORD = re.compile(r"(?![ivxl]+$)[a-z]{3,14}")  # no names, abbreviations, compounds, Roman numerals
+
+
 def read_glosses(folder: Path) -> list[str]:
     """What stands behind the words of each entry, in the order of the files."""
     glosses = []
@@ -61,6 +93,70 @@ def read_definitions(glosses: list[str]) -> list[str]:
         definition = re.sub(r" *\([^()]*\) *", " ", gloss.partition('"')[0])
         definitions += [part for part in definition.split(";") if not re.search(r"\S+ .*[A-Z]", part.strip())]
     return definitions
+
+
+def read_words(folder: Path, part: str) -> list[str]:
+    """The plain words of a part of speech, each once."""
+    words: dict[str, None] = {}
+    for line in (folder / f"data.{part}").read_text(encoding="latin-1").splitlines():
+        if line[:1].isdigit():  # the others are the licence
+            fields = line.split()
+            words.update(dict.fromkeys(fields[4 : 4 + 2 * int(fields[3], 16) : 2]))
+    return [word for word in words if WORD.fullmatch(word)]
+
+
+def read_irregular(folder: Path, part: str) -> dict[str, list[str]]:
+    """Inflected forms that follow no rule, or double a letter, by the word they come from."""
+    forms: dict[str, list[str]] = {}
+    for line in (folder / f"{part}.exc").read_text(encoding="latin-1").splitlines():
+        form, *words = line.split()
+        for word in words:
+            forms.setdefault(word, []).append(form)
+    return forms
+
+
+def inflect(word: str, form: str, irregular: dict[str, list[str]]) -> str:
+    """
+    A word in one of the forms of `PATTERNS`.
+
+    Args:
+        irregular: as `read_irregular` gives it, of the nouns for `PLURAL` and of the verbs for the other forms.
+    """
+    if form not in ("PLURAL", "PRESENT", "PAST", "PARTICIPLE"):
+        return word
+    if form != "PRESENT":
+        for other in irregular.get(word, []):
+            if form == "PLURAL" or other.endswith("ing") == (form == "PARTICIPLE"):
+                return other
+    ends_in_y = re.search(r"[^aeiou]y$", word) is not None
+    if form == "PARTICIPLE":
+        stem = word[:-2] + "y" if word.endswith("ie") else re.sub(r"(?<![eoy])e$", "", word)
+        return stem + "ing"
+    if form == "PAST":
+        return word[:-1] + "ied" if ends_in_y else word + ("d" if word.endswith("e") else "ed")
+    return word[:-1] + "ies" if ends_in_y else word + ("es" if re.search(r"(s|x|z|ch|sh)$", word) else "s")
+
+
+def make_word_sentences(folder: Path) -> list[str]:
+    """`NUM_WORD_SENTENCES` of `PATTERNS`, each pattern equally often, with the words of each part of speech in turn."""
+    rng = random.Random(0)
+    words, irregular = {}, {}
+    for part in ("noun", "verb", "adj", "adv"):
+        shuffled = read_words(folder, part)
+        rng.shuffle(shuffled)
+        words[part] = itertools.cycle(shuffled)
+    for part in ("noun", "verb"):
+        irregular[part] = read_irregular(folder, part)
+
+    def fill(form: re.Match) -> str:
+        part = PARTS.get(form[0], "verb")
+        return inflect(next(words[part]), form[0], irregular.get(part, {}))
+
+    sentences = []
+    for pattern in itertools.islice(itertools.cycle(PATTERNS), NUM_WORD_SENTENCES):
+        sentence = re.sub(r"[A-Z]{4,}", fill, pattern)
+        sentences.append(sentence[0].upper() + sentence[1:])
+    return [sentence for sentence in sentences if not LEFT_OUT.search(sentence)]
 
 
 def make_sentence(example: str) -> str | None:
@@ -143,6 +239,7 @@ def main() -> None:
         for sentence in make_sentences(read_definitions(glosses))
         if sentence.lower() not in known and not is_held_out(sentence)
     ]
+    lists["words"] = make_word_sentences(arguments.wordnet)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, lines in lists.items():
         (arguments.output / f"{name}.txt").write_text("\n".join(lines) + "\n")
