@@ -303,7 +303,7 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
         "--num-candidates",
         type=number(int, 1),
         metavar="N",
-        help="token sequences sampled for each segment, of which the likeliest is spoken; without beams",
+        help="token sequences sampled for each segment, of which the best is spoken; without beams",
     )
     sampling.add_argument(
         "--num-inference-steps", type=number(int, 1), metavar="N", help="flow-matching steps (default: 25)"

@@ -11,7 +11,8 @@ from indextts2_hf import IndexTTS2GenerationConfig, IndexTTS2T2SForConditionalGe
 from indextts2_hf.generation_t2s import (
     SeededSamplingLogitsProcessor,
     SemanticTokenCountLogitsProcessor,
-    likeliest_candidates,
+    best_candidates,
+    mean_log_probs,
 )
 
 
@@ -430,11 +431,56 @@ def test_the_choice_among_candidates():
     sequences = torch.tensor([[1, 2, 3], [2, 3, 3], [1, 1, 1], [2, 3, 3], [1, 1, 1], [1, 1, 1]])
     probabilities = torch.tensor([[0.1, 0.5, 0.2, 0.2], [0.1, 0.3, 0.1, 0.5], [0.1, 0.5, 0.2, 0.2]])
     logits = tuple((row.log() + 3.0).expand(12, 4) for row in probabilities)  # not normalised, and twice the rows
+    scores = mean_log_probs(sequences, logits, 3)
     # Means of three and of two tokens: log(0.5 * 0.1 * 0.2) / 3 = -1.54 and log(0.2 * 0.5) / 2 = -1.15.
-    assert likeliest_candidates(sequences, logits, 2, 3).tolist() == [1, 3, 4]
+    torch.testing.assert_close(scores[:2], torch.tensor([-1.5351, -1.1513]), atol=1e-4, rtol=0)
+    assert best_candidates(scores, sequences, 2, 3).tolist() == [1, 3, 4]
     # The mean decides, not the sum: log(0.5 * 0.3 * 0.2) / 3 = -1.17 and log(0.1 * 0.5) / 2 = -1.50.
     sequences = torch.tensor([[1, 1, 3], [0, 3, 3]])
-    assert likeliest_candidates(sequences, logits, 2, 3).tolist() == [0]
+    assert best_candidates(mean_log_probs(sequences, logits, 3), sequences, 2, 3).tolist() == [0]
+
+
+@pytest.mark.parametrize("num_semantic_tokens", [None, [9, 14, None]])
+def test_the_candidate_is_kept_from_which_the_text_is_read_best(num_semantic_tokens):
+    t2s = make_tiny_t2s(text_recognizer_size=16)
+    settings = MODES["sampling"] | {"max_new_tokens": 60, "num_semantic_tokens": num_semantic_tokens}
+    inputs = make_inputs(t2s)
+    candidates = t2s.generate(**inputs, **settings, num_return_sequences=6, logits_processor=seeded_processor(0, 1, 2))
+    output = t2s.generate(
+        **inputs,
+        **settings,
+        num_candidates=6,
+        logits_processor=seeded_processor(0, 1, 2),
+        return_dict_in_generate=True,
+    )
+    assert output.logits is None  # which the recogniser does not need
+    places = []
+    for row, sequences in enumerate(candidates.split(6)):
+        text = make_row(t2s, row)["input_ids"][0]
+        scores = []
+        for ids in sequences:
+            ids = ids[: ids.tolist().index(STOP)] if STOP in ids else ids[:0]
+            lengths = torch.tensor([len(ids)]), torch.tensor([len(text)])
+            has_ended = len(ids) > 0
+            read = (
+                t2s.text_recognizer(ids[None], lengths[0], text[None], lengths[1]).item() if has_ended else -math.inf
+            )
+            scores.append(read)
+        places.append(max(range(6), key=scores.__getitem__))
+        best = sequences[places[-1]]
+        assert torch.equal(output.sequences[row], best[: output.sequences.shape[1]]), scores
+    assert any(places)
+
+    # With a prefix the text has to be told; without it the likeliest is kept, as without a recogniser.
+    embeds, mask = t2s.prepare_prefix(**inputs, num_semantic_tokens=num_semantic_tokens)
+    prefix = {"inputs_embeds": embeds, "attention_mask": mask, **settings, "num_candidates": 6}
+    text_ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, t2s.config.text_stop_token_id)
+    told = t2s.generate(**prefix, text_ids=text_ids, logits_processor=seeded_processor(0, 1, 2))
+    assert torch.equal(told, output.sequences)
+    untold = t2s.generate(**prefix, logits_processor=seeded_processor(0, 1, 2))
+    t2s.text_recognizer = None
+    assert torch.equal(untold, t2s.generate(**prefix, text_ids=text_ids, logits_processor=seeded_processor(0, 1, 2)))
+    assert not torch.equal(untold, told)
 
 
 def test_candidates_are_for_sampling_alone(t2s):

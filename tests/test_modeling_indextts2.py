@@ -1,5 +1,6 @@
 """The whole model: batches, segments, seeds, lengths, emotions, voices, and the checkpoint folder."""
 
+import copy
 import json
 import math
 import shutil
@@ -774,6 +775,25 @@ def test_candidates_alone_and_in_a_batch(tiny_model, tiny_voice):
             assert torch.equal(ids, expected)
     plain = speak(tiny_model, [HELLO], seed=1, **(settings | {"num_candidates": 1}))
     assert not torch.equal(plain.semantic_ids[0][0], both.semantic_ids[0][0])
+
+
+def test_candidates_are_read(tiny_model, tiny_voice):
+    """The same candidates with and without a recogniser: the one that is chosen by it can be read at least as well."""
+    settings = {"voice": tiny_voice, "do_sample": True, "num_beams": 1, "num_candidates": 4, "max_new_tokens": 40}
+    model = copy.deepcopy(tiny_model)
+    model.t2s.add_text_recognizer(16)
+    recognizer = model.t2s.text_recognizer
+    read = speak(model, [HELLO], [MORNING], [WELL], seed=[1, 2, 3], **settings).semantic_ids
+    model.t2s.text_recognizer = None
+    likely = speak(model, [HELLO], [MORNING], [WELL], seed=[1, 2, 3], **settings).semantic_ids
+
+    def score(ids, text):
+        lengths = torch.tensor([len(ids)]), torch.tensor([len(text)])
+        return recognizer(ids[None], lengths[0], torch.tensor([text]), lengths[1]).item()
+
+    assert any(not torch.equal(ids[0], others[0]) for ids, others in zip(read, likely, strict=True))
+    for ids, others, text in zip(read, likely, [HELLO, MORNING, WELL], strict=True):
+        assert score(ids[0], text) >= score(others[0], text)
 
 
 def test_unknown_arguments(tiny_model, tiny_voice):

@@ -1,13 +1,16 @@
 import copy
+import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tiny_t2s, tiny_t2s_config
+from conftest import make_tiny_t2s, randomize, tiny_t2s_config
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn.utils.rnn import pad_sequence
 
 from indextts2_hf import IndexTTS2GenerationConfig, IndexTTS2T2SConfig, IndexTTS2T2SForConditionalGeneration
-from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES, IndexTTS2T2SModel, sinusoidal_positions
+from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES, IndexTTS2T2SModel, TextRecognizer, sinusoidal_positions
 
 
 TEXT_LENGTHS = (9, 4, 7)
@@ -589,3 +592,62 @@ def test_lora_trains_the_adapter_alone(rows):
     t2s(**make_batch(rows)).loss.backward()
     for name, parameter in t2s.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
+
+
+# The recogniser
+
+
+@pytest.fixture
+def recognizer():
+    torch.manual_seed(0)
+    return randomize(TextRecognizer(tiny_t2s_config(text_recognizer_size=16, text_vocab_size=3)))
+
+
+def test_likelihood_of_a_text_by_hand(recognizer):
+    """The sum over all ways to spread the text and blanks over the codes."""
+    codes, text = torch.tensor([[5, 17, 17, 60, 2]]), [2, 0, 0]
+    log_probs = recognizer.log_probs(codes, torch.tensor([5]))[0]
+    assert log_probs.shape == (5, 4)
+    torch.testing.assert_close(log_probs.exp().sum(dim=1), torch.ones(5))
+    total = 0.0
+    for path in itertools.product(range(4), repeat=5):
+        runs = [symbol for symbol, _ in itertools.groupby(path)]
+        if [symbol for symbol in runs if symbol != 3] == text:
+            total += math.exp(sum(log_probs[step, symbol].item() for step, symbol in enumerate(path)))
+    found = recognizer(codes, torch.tensor([5]), torch.tensor([text]), torch.tensor([3]))
+    assert found.item() == pytest.approx(math.log(total) / 3, rel=1e-4)
+
+
+def test_the_recogniser_hears_no_neighbours_and_no_padding(recognizer):
+    codes, lengths = torch.randint(0, 64, (3, 30)), torch.tensor([30, 12, 4])
+    texts, num_pieces = torch.tensor([[0, 1, 2, 1], [1, 1, 0, 0], [2, 2, 2, 0]]), torch.tensor([4, 2, 3])
+    both = recognizer(codes, lengths, texts, num_pieces)
+    for row in range(3):
+        alone = recognizer(
+            codes[row : row + 1, : lengths[row]],
+            lengths[row : row + 1],
+            texts[row : row + 1, : num_pieces[row]],
+            num_pieces[row : row + 1],
+        )
+        torch.testing.assert_close(both[row : row + 1], alone)
+    # Three times the same piece takes five codes: a blank parts them.
+    assert both[2] == -math.inf and both[:2].isfinite().all()
+
+
+def test_a_recogniser_is_added_and_saved(tmp_path):
+    t2s = make_tiny_t2s()
+    assert t2s.text_recognizer is None
+    t2s.add_text_recognizer(16)
+    t2s.add_text_recognizer(16)  # there already
+    with pytest.raises(ValueError, match="width 8 was asked for, but this checkpoint has one of width 16"):
+        t2s.add_text_recognizer(8)
+    t2s.save_pretrained(tmp_path)
+    loaded = IndexTTS2T2SForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.text_recognizer_size == 16
+    for name, tensor in t2s.text_recognizer.state_dict().items():
+        assert torch.equal(loaded.text_recognizer.state_dict()[name], tensor), name
+
+
+def test_impossible_size_of_the_recogniser():
+    with pytest.raises(StrictDataclassError, match="`text_recognizer_size` is -1, but it must be a width, or 0"):
+        tiny_t2s_config(text_recognizer_size=-1)

@@ -309,7 +309,8 @@ def test_the_ctc_loss_is_that_of_all_spellings():
 
 
 def test_token_errors():
-    from train_semantic_codec import num_ctc_frames, num_token_errors
+    from data import num_ctc_frames
+    from train_semantic_codec import num_token_errors
 
     assert [num_ctc_frames(ids) for ids in ([], [1], [1, 2], [1, 1, 1])] == [0, 1, 2, 5]
 

@@ -471,6 +471,11 @@ def draw_generator(seed: int, draw: int) -> np.random.Generator:
     return np.random.default_rng([seed, 2, draw])
 
 
+def num_ctc_frames(ids: list[int]) -> int:
+    """Frames that CTC needs to spell `ids`: one for each, and one between two that are alike."""
+    return len(ids) + sum(first == second for first, second in zip(ids, ids[1:], strict=False))
+
+
 # --- examples of the text-to-semantic transformer ------------------------------------------------------------------------
 
 

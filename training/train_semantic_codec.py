@@ -39,7 +39,7 @@ from torch.utils.data import Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from checkpoint import load_part
-from data import draw_generator, load_features
+from data import draw_generator, load_features, num_ctc_frames
 from indextts2_hf import IndexTTS2SemanticCodec, IndexTTS2T2SConfig
 from indextts2_hf.modeling_semantic_codec import IndexTTS2SemanticCodecOutput
 from run import Run, add_run_arguments, parse_arguments, run_program
@@ -147,11 +147,6 @@ class CodecDataset(Dataset):
     def restore(self, row: dict[str, Any]) -> torch.Tensor:
         """What the speech encoder gave, of shape `(num_frames, feature_size)`."""
         return torch.as_tensor(row["semantic_features"]).float() * self.deviation + self.mean
-
-
-def num_ctc_frames(ids: list[int]) -> int:
-    """Frames that CTC needs to spell `ids`: one for each, and one between two that are alike."""
-    return len(ids) + sum(first == second for first, second in zip(ids, ids[1:], strict=False))
 
 
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:

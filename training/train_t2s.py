@@ -325,6 +325,8 @@ def main() -> None:
     guided_attention = None if alignments is None else GuidedAttention(t2s)
     for name in FROZEN[arguments.stage]:
         getattr(t2s, name).requires_grad_(False)
+    if t2s.text_recognizer is not None:
+        t2s.text_recognizer.requires_grad_(False)  # `train_text_recognizer.py` trains it
     if arguments.gradient_checkpointing:
         t2s.gradient_checkpointing_enable({"use_reentrant": False})
     t2s.train()

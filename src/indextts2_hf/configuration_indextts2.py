@@ -106,6 +106,9 @@ class IndexTTS2T2SConfig(PreTrainedConfig):
             effect on code 1 in the released checkpoint; models trained here use `semantic_start_token_id`.
         text_loss_weight (`float`, defaults to 0.01):
             Weight of the text cross-entropy in the loss; the semantic cross-entropy has weight 1.
+        text_recognizer_size (`int`, defaults to 0):
+            Width of the recogniser that reads semantic tokens back as text, by which generation chooses among candidates; 0 for
+            none (the released checkpoint).
     """
 
     model_type = "indextts2_t2s"
@@ -155,6 +158,7 @@ class IndexTTS2T2SConfig(PreTrainedConfig):
     skip_semantic_position_one: bool = True
     prefix_placeholder_token_id: int = 1
     text_loss_weight: float = 0.01
+    text_recognizer_size: int = 0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -200,6 +204,10 @@ class IndexTTS2T2SConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` ({getattr(self, name)}) must lie in the semantic vocabulary of {self.semantic_vocab_size} ids."
                 )
+        if self.text_recognizer_size < 0:
+            raise ValueError(
+                f"`text_recognizer_size` is {self.text_recognizer_size}, but it must be a width, or 0 for no recogniser."
+            )
         if len(self.emotion_prototype_counts) != 8 or min(self.emotion_prototype_counts) < 1:
             raise ValueError(
                 "`emotion_prototype_counts` must hold eight positive counts, one for each emotion, "

@@ -42,8 +42,9 @@ class IndexTTS2GenerationConfig(GenerationConfig):
             from those without any text to those with it. A step then has twice the rows. Meant for checkpoints that were
             trained with `--text_dropout_probability`; not from the paper.
         num_candidates (`int`, *optional*):
-            How many sequences are sampled for each row, of which the likeliest is kept (`likeliest_candidates`). A step then has
-            so many times the rows. Means sampling with one beam; greedy search and beams go without. Not from the paper.
+            How many sequences are sampled for each row, of which one is kept: the one from which the text can be read best, if the
+            checkpoint has a text recogniser, else the likeliest. A step then has so many times the rows. Means sampling with
+            one beam; greedy search and beams go without. Not from the paper.
         kwargs:
             Everything [`~transformers.GenerationConfig`] takes.
 
@@ -114,23 +115,20 @@ def check_num_candidates(num_candidates: int) -> None:
         )
 
 
-def likeliest_candidates(
-    sequences: torch.LongTensor, logits: tuple[torch.Tensor, ...], num_candidates: int, semantic_stop_token_id: int
-) -> torch.LongTensor:
+def mean_log_probs(
+    sequences: torch.LongTensor, logits: tuple[torch.Tensor, ...], semantic_stop_token_id: int
+) -> torch.Tensor:
     r"""
-    Of the candidates of each row the one with the highest mean log-probability per token, with its text, without guidance and
-    temperature. One that never ended is kept only where none did.
+    Mean log-probability per token of each sequence, with its text, without guidance and temperature.
 
     Args:
-        sequences (`torch.LongTensor` of shape `(batch_size * num_candidates, num_generated)`):
-            Generated ids, filled with the stop id.
-        logits (`tuple[torch.Tensor]`, each of shape `(at least batch_size * num_candidates, vocab_size)`):
+        sequences (`torch.LongTensor` of shape `(num_sequences, num_generated)`): generated ids, filled with the stop id.
+        logits (`tuple[torch.Tensor]`, each of shape `(at least num_sequences, vocab_size)`):
             Of each step, before any processor. Under text guidance the rows without text are behind, and not looked at.
-        num_candidates (`int`): neighbouring rows of `sequences` that are candidates for the same.
         semantic_stop_token_id (`int`): id that ends a row; its first place counts as a token.
 
     Returns:
-        `torch.LongTensor` of shape `(batch_size,)`: rows of `sequences`.
+        `torch.Tensor` of shape `(num_sequences,)`, float32.
     """
     log_probs = torch.stack(
         [
@@ -141,8 +139,26 @@ def likeliest_candidates(
     )
     is_stop = sequences == semantic_stop_token_id
     is_own = (is_stop.cumsum(dim=1) - is_stop.long()) == 0
-    scores = (log_probs * is_own).sum(dim=1) / is_own.sum(dim=1)
-    scores = scores.masked_fill(~is_stop.any(dim=1), -math.inf)
+    return (log_probs * is_own).sum(dim=1) / is_own.sum(dim=1)
+
+
+def best_candidates(
+    scores: torch.Tensor, sequences: torch.LongTensor, num_candidates: int, semantic_stop_token_id: int
+) -> torch.LongTensor:
+    r"""
+    The candidate of each row with the highest score. One that never ended is kept only where none did.
+
+    Args:
+        scores (`torch.Tensor` of shape `(batch_size * num_candidates,)`): of each candidate.
+        sequences (`torch.LongTensor` of shape `(batch_size * num_candidates, num_generated)`): ids, filled with the stop id.
+        num_candidates (`int`): neighbouring rows of `sequences` that are candidates for the same.
+        semantic_stop_token_id (`int`): id that ends a row.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size,)`: rows of `sequences`.
+    """
+    has_ended = (sequences == semantic_stop_token_id).any(dim=1)
+    scores = scores.masked_fill(~has_ended, -math.inf)
     best = scores.view(-1, num_candidates).argmax(dim=1)
     return best + num_candidates * torch.arange(len(best), device=best.device)
 
@@ -260,6 +276,7 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         speaker_latents: torch.Tensor | None = None,
         emotion_embeds: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        text_ids: torch.LongTensor | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> GenerateOutput | torch.LongTensor:
@@ -277,6 +294,9 @@ class IndexTTS2GenerationMixin(GenerationMixin):
                 Emotion, from `encode_emotion` or `mix_emotion`; added to every speaker latent.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`, *optional*):
                 A prefix made by `prepare_prefix`, with its mask as `attention_mask`, instead of the four above.
+            text_ids (`torch.LongTensor` of shape `(batch_size, text_length)`, *optional*):
+                The text of such a prefix, padded with the stop id, by which a text recogniser chooses among candidates; without it
+                the likeliest is kept.
             generation_config (`GenerationConfig`, *optional*):
                 Settings instead of the model's own.
             kwargs:
@@ -298,7 +318,9 @@ class IndexTTS2GenerationMixin(GenerationMixin):
                 "`generate` takes either text (`input_ids` with `speaker_latents`) or a prefix made by `prepare_prefix` "
                 f"(`inputs_embeds`), but got {'neither' if input_ids is None else 'both'}."
             )
+        text = None if text_ids is None else self._frame_text(text_ids, None)
         if inputs_embeds is None:
+            text = self._frame_text(input_ids, attention_mask)
             inputs_embeds, attention_mask = self.prepare_prefix(
                 input_ids,
                 attention_mask,
@@ -317,15 +339,17 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             kwargs["textless_embeds"], kwargs["textless_mask"] = self.without_text(inputs_embeds, attention_mask)
         is_sampled = generation_config.do_sample and (generation_config.num_beams or 1) == 1
         num_candidates = getattr(generation_config, "num_candidates", 1) if is_sampled else 1
+        has_recognizer = self.text_recognizer is not None and text is not None
         is_dict_asked = generation_config.return_dict_in_generate
         if num_candidates > 1:
             if (generation_config.num_return_sequences or 1) > 1:
                 raise ValueError(
                     f"Both `num_candidates` ({num_candidates}) and `num_return_sequences` ({generation_config.num_return_sequences}) "
-                    "are above 1: all sequences of a row, or the likeliest of them. Give 1 for one of the two."
+                    "are above 1: all sequences of a row, or the best of them. Give 1 for one of the two."
                 )
             generation_config.num_return_sequences = num_candidates
-            generation_config.return_dict_in_generate = generation_config.output_logits = True
+            generation_config.return_dict_in_generate = True
+            generation_config.output_logits = generation_config.output_logits or not has_recognizer
 
         output = super().generate(
             input_ids=placeholder_ids,
@@ -339,10 +363,14 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             return output[:, prompt_length:]
         output.sequences = output.sequences[:, prompt_length:]
         if num_candidates > 1:
-            rows = likeliest_candidates(
-                output.sequences, output.logits, num_candidates, self.config.semantic_stop_token_id
-            )
-            output.sequences = output.sequences[rows]
+            stop_id = self.config.semantic_stop_token_id
+            if has_recognizer:
+                lengths = (output.sequences != stop_id).cumprod(dim=1).sum(dim=1)
+                pieces, num_pieces = (part.repeat_interleave(num_candidates, dim=0) for part in text)
+                scores = self.text_recognizer(output.sequences, lengths.clamp(min=1), pieces[:, 1:-1], num_pieces)
+            else:
+                scores = mean_log_probs(output.sequences, output.logits, stop_id)
+            output.sequences = output.sequences[best_candidates(scores, output.sequences, num_candidates, stop_id)]
         return output if is_dict_asked else output.sequences
 
     def _prepare_generation_config(

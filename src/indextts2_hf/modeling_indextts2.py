@@ -994,6 +994,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             sequences = t2s.generate(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
+                text_ids=input_ids,
                 generation_config=settings,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,

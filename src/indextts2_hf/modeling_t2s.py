@@ -1,6 +1,7 @@
 """
 The text-to-semantic transformer (T2S): condition encoders (conformer and perceiver, for the speaker and for the emotion),
-a GPT-2 trunk of stock transformers blocks, text and semantic heads, the emotion prototypes, and the loss.
+a GPT-2 trunk of stock transformers blocks, text and semantic heads, the emotion prototypes, the loss, and the recogniser of its
+tokens.
 
 It knows text ids and semantic features; it does not know text, waveforms, mels or the semantic codec. How tokens are
 chosen is in `generation_t2s.py`.
@@ -56,6 +57,9 @@ _FINGERPRINT_SAMPLES = 256
 _CONFORMER_KERNEL_SIZE = 15
 _PERCEIVER_NUM_LAYERS = 2
 _PERCEIVER_HEAD_DIM = 64
+# Of the recogniser, which so sees 19 tokens to either side.
+_RECOGNIZER_KERNEL_SIZE = 3
+_RECOGNIZER_DILATIONS = (1, 2, 4, 8, 1, 2, 1)
 
 
 @dataclass
@@ -349,6 +353,82 @@ class EmotionPrototypes(nn.Module):
         return (emotion_weights.to(prototypes.dtype)[..., None] * prototypes).sum(dim=1)
 
 
+class TextRecognizer(nn.Module):
+    r"""
+    Reads semantic tokens back as text: gated convolutions over time and connectionist temporal classification (CTC, Graves et al.
+    2006). By it generation chooses among candidates. Optional, and not from the paper.
+
+    Args:
+        config ([`IndexTTS2T2SConfig`]): of the transformer it belongs to; `text_recognizer_size` is its width.
+    """
+
+    def __init__(self, config: IndexTTS2T2SConfig):
+        super().__init__()
+        size = config.text_recognizer_size
+        self.embedding = nn.Embedding(config.semantic_vocab_size, size)
+        self.norms = nn.ModuleList([nn.LayerNorm(size) for _ in _RECOGNIZER_DILATIONS])
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv1d(
+                    size,
+                    2 * size,
+                    _RECOGNIZER_KERNEL_SIZE,
+                    padding=dilation * (_RECOGNIZER_KERNEL_SIZE // 2),
+                    dilation=dilation,
+                )
+                for dilation in _RECOGNIZER_DILATIONS
+            ]
+        )
+        self.blank_id = config.text_vocab_size
+        self.head = nn.Linear(size, config.text_vocab_size + 1)
+
+    def forward(
+        self,
+        semantic_ids: torch.LongTensor,
+        num_semantic_tokens: torch.LongTensor,
+        text_ids: torch.LongTensor,
+        num_text_tokens: torch.LongTensor,
+    ) -> torch.Tensor:
+        r"""
+        How well the text can be read from the codes.
+
+        Args:
+            semantic_ids (`torch.LongTensor` of shape `(batch_size, length)`): codes; any id of the vocabulary behind the end.
+            num_semantic_tokens (`torch.LongTensor` of shape `(batch_size,)`): codes of each row.
+            text_ids (`torch.LongTensor` of shape `(batch_size, text_length)`): without start and stop; any id behind the end.
+            num_text_tokens (`torch.LongTensor` of shape `(batch_size,)`): pieces of each text.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`: log-probability of each text divided by its pieces, in nats; minus infinity where
+            there are too few codes for it.
+        """
+        log_probs = self.log_probs(semantic_ids, num_semantic_tokens)
+        if log_probs.device.type == "mps":  # torch has no CTC there
+            log_probs = log_probs.cpu()
+        losses = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            text_ids.to(log_probs.device),
+            num_semantic_tokens.to(log_probs.device),
+            num_text_tokens.to(log_probs.device),
+            blank=self.blank_id,
+            reduction="none",
+        )
+        return -losses.to(semantic_ids.device) / num_text_tokens.clamp(min=1)
+
+    def log_probs(self, semantic_ids: torch.LongTensor, num_semantic_tokens: torch.LongTensor) -> torch.Tensor:
+        """
+        Log-probabilities of the pieces of the text at each code, the blank last: `(batch_size, length, text_vocab_size + 1)`,
+        float32; the arguments as for `forward`.
+        """
+        steps = torch.arange(semantic_ids.shape[1], device=semantic_ids.device)
+        hidden_states = self.embedding(semantic_ids)
+        mask = (steps < num_semantic_tokens[:, None])[..., None].to(hidden_states.dtype)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            seen = (norm(hidden_states) * mask).transpose(1, 2)
+            hidden_states = hidden_states + F.glu(conv(seen), dim=1).transpose(1, 2)
+        return self.head(hidden_states).float().log_softmax(dim=-1)
+
+
 class SlotEmbedding(nn.Embedding):
     """The learnt rows between the voice and the text. They start as zeros."""
 
@@ -522,6 +602,7 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         self.model = IndexTTS2T2SModel(config)
         self.text_head = nn.Linear(config.hidden_size, config.text_vocab_size)
         self.semantic_head = nn.Linear(config.hidden_size, config.semantic_vocab_size)
+        self.text_recognizer = TextRecognizer(config) if config.text_recognizer_size else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -535,6 +616,22 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.semantic_head = new_embeddings
+
+    def add_text_recognizer(self, size: int) -> None:
+        """
+        A new recogniser of this width, to be trained (`train_text_recognizer.py`).
+
+        Raises:
+            ValueError: there is one of another width.
+        """
+        if self.config.text_recognizer_size not in (0, size):
+            raise ValueError(
+                f"A recogniser of width {size} was asked for, but this checkpoint has one of width {self.config.text_recognizer_size}. "
+                "Ask for that width, or for none to train it further."
+            )
+        if self.text_recognizer is None:
+            self.config.text_recognizer_size = size
+            self.text_recognizer = TextRecognizer(self.config).to(self.device, self.dtype)
 
     @property
     def fingerprint(self) -> str:
