@@ -441,7 +441,7 @@ def test_the_choice_among_candidates():
 
 
 @pytest.mark.parametrize("num_semantic_tokens", [None, [9, 14, None]])
-def test_the_candidate_is_kept_from_which_the_text_is_read_best(num_semantic_tokens):
+def test_what_a_recogniser_reads_counts_among_candidates(num_semantic_tokens):
     t2s = make_tiny_t2s(text_recognizer_size=16)
     settings = MODES["sampling"] | {"max_new_tokens": 60, "num_semantic_tokens": num_semantic_tokens}
     inputs = make_inputs(t2s)
@@ -453,26 +453,29 @@ def test_the_candidate_is_kept_from_which_the_text_is_read_best(num_semantic_tok
         logits_processor=seeded_processor(0, 1, 2),
         return_dict_in_generate=True,
     )
-    assert output.logits is None  # which the recogniser does not need
+    embeds, mask = t2s.prepare_prefix(**inputs, num_semantic_tokens=num_semantic_tokens)
     places = []
     for row, sequences in enumerate(candidates.split(6)):
         text = make_row(t2s, row)["input_ids"][0]
         scores = []
         for ids in sequences:
             ids = ids[: ids.tolist().index(STOP)] if STOP in ids else ids[:0]
+            if not len(ids):  # it never ended
+                scores.append(-math.inf)
+                continue
             lengths = torch.tensor([len(ids)]), torch.tensor([len(text)])
-            has_ended = len(ids) > 0
-            read = (
-                t2s.text_recognizer(ids[None], lengths[0], text[None], lengths[1]).item() if has_ended else -math.inf
-            )
-            scores.append(read)
+            read = t2s.text_recognizer(ids[None], lengths[0], text[None], lengths[1]).item()
+            logits = t2s(
+                inputs_embeds=embeds[row : row + 1], attention_mask=mask[row : row + 1], semantic_ids=ids[None]
+            ).logits[0]
+            targets = torch.cat([ids, torch.tensor([STOP])])
+            scores.append(read + logits.log_softmax(dim=-1).gather(1, targets[:, None]).mean().item())
         places.append(max(range(6), key=scores.__getitem__))
         best = sequences[places[-1]]
         assert torch.equal(output.sequences[row], best[: output.sequences.shape[1]]), scores
     assert any(places)
 
     # With a prefix the text has to be told; without it the likeliest is kept, as without a recogniser.
-    embeds, mask = t2s.prepare_prefix(**inputs, num_semantic_tokens=num_semantic_tokens)
     prefix = {"inputs_embeds": embeds, "attention_mask": mask, **settings, "num_candidates": 6}
     text_ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, t2s.config.text_stop_token_id)
     told = t2s.generate(**prefix, text_ids=text_ids, logits_processor=seeded_processor(0, 1, 2))

@@ -778,7 +778,7 @@ def test_candidates_alone_and_in_a_batch(tiny_model, tiny_voice):
 
 
 def test_candidates_are_read(tiny_model, tiny_voice):
-    """The same candidates with and without a recogniser: the one that is chosen by it can be read at least as well."""
+    """The same candidates with and without a recogniser: where it chooses another one, that can be read better."""
     settings = {"voice": tiny_voice, "do_sample": True, "num_beams": 1, "num_candidates": 4, "max_new_tokens": 40}
     model = copy.deepcopy(tiny_model)
     model.t2s.add_text_recognizer(16)

@@ -42,9 +42,10 @@ class IndexTTS2GenerationConfig(GenerationConfig):
             from those without any text to those with it. A step then has twice the rows. Meant for checkpoints that were
             trained with `--text_dropout_probability`; not from the paper.
         num_candidates (`int`, *optional*):
-            How many sequences are sampled for each row, of which one is kept: the one from which the text can be read best, if the
-            checkpoint has a text recogniser, else the likeliest. A step then has so many times the rows. Means sampling with
-            one beam; greedy search and beams go without. Not from the paper.
+            How many sequences are sampled for each row, of which the best is kept: by its mean log-probability per token, to which
+            a checkpoint with a text recogniser adds that of the text, read from it, per text token (maximum mutual information, Li
+            et al. 2016, arXiv 1510.03055). A step then has so many times the rows. Means sampling with one beam; greedy search
+            and beams go without. Not from the paper.
         kwargs:
             Everything [`~transformers.GenerationConfig`] takes.
 
@@ -295,7 +296,7 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             inputs_embeds (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`, *optional*):
                 A prefix made by `prepare_prefix`, with its mask as `attention_mask`, instead of the four above.
             text_ids (`torch.LongTensor` of shape `(batch_size, text_length)`, *optional*):
-                The text of such a prefix, padded with the stop id, by which a text recogniser chooses among candidates; without it
+                The text of such a prefix, padded with the stop id, for the text recogniser that chooses among candidates; without it
                 the likeliest is kept.
             generation_config (`GenerationConfig`, *optional*):
                 Settings instead of the model's own.
@@ -339,7 +340,6 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             kwargs["textless_embeds"], kwargs["textless_mask"] = self.without_text(inputs_embeds, attention_mask)
         is_sampled = generation_config.do_sample and (generation_config.num_beams or 1) == 1
         num_candidates = getattr(generation_config, "num_candidates", 1) if is_sampled else 1
-        has_recognizer = self.text_recognizer is not None and text is not None
         is_dict_asked = generation_config.return_dict_in_generate
         if num_candidates > 1:
             if (generation_config.num_return_sequences or 1) > 1:
@@ -348,8 +348,7 @@ class IndexTTS2GenerationMixin(GenerationMixin):
                     "are above 1: all sequences of a row, or the best of them. Give 1 for one of the two."
                 )
             generation_config.num_return_sequences = num_candidates
-            generation_config.return_dict_in_generate = True
-            generation_config.output_logits = generation_config.output_logits or not has_recognizer
+            generation_config.return_dict_in_generate = generation_config.output_logits = True
 
         output = super().generate(
             input_ids=placeholder_ids,
@@ -364,12 +363,13 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         output.sequences = output.sequences[:, prompt_length:]
         if num_candidates > 1:
             stop_id = self.config.semantic_stop_token_id
-            if has_recognizer:
+            scores = mean_log_probs(output.sequences, output.logits, stop_id)
+            if self.text_recognizer is not None and text is not None:
                 lengths = (output.sequences != stop_id).cumprod(dim=1).sum(dim=1)
                 pieces, num_pieces = (part.repeat_interleave(num_candidates, dim=0) for part in text)
-                scores = self.text_recognizer(output.sequences, lengths.clamp(min=1), pieces[:, 1:-1], num_pieces)
-            else:
-                scores = mean_log_probs(output.sequences, output.logits, stop_id)
+                scores = scores + self.text_recognizer(
+                    output.sequences, lengths.clamp(min=1), pieces[:, 1:-1], num_pieces
+                )
             output.sequences = output.sequences[best_candidates(scores, output.sequences, num_candidates, stop_id)]
         return output if is_dict_asked else output.sequences
 
