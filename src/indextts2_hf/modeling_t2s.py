@@ -602,6 +602,7 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         self.model = IndexTTS2T2SModel(config)
         self.text_head = nn.Linear(config.hidden_size, config.text_vocab_size)
         self.semantic_head = nn.Linear(config.hidden_size, config.semantic_vocab_size)
+        # CODEPATH: the embedded checkpoint has a recogniser, the released one has none.
         self.text_recognizer = TextRecognizer(config) if config.text_recognizer_size else None
         self.post_init()
 
