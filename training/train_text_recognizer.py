@@ -128,9 +128,6 @@ def main() -> None:
         t2s.add_text_recognizer(arguments.size)
     recognizer = t2s.text_recognizer.train()
 
-    def write_t2s(folder) -> None:
-        t2s.save_pretrained(folder)
-
     # Optimiser
     parameters = list(recognizer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
@@ -148,7 +145,7 @@ def main() -> None:
             # The run folder holds no recogniser yet: nothing to compare with.
             run.log_evaluation(figures)
         else:
-            run.keep_best(figures, "loss_per_text_token", {"t2s": write_t2s})
+            run.keep_best(figures, "loss_per_text_token", {"t2s": t2s.save_pretrained})
     for batch in run.batches(loader):
         clips = batch.pop("clips")
         with accelerator.accumulate(recognizer):
@@ -164,12 +161,12 @@ def main() -> None:
             continue
         run.advance(scheduler.get_last_lr()[0])
         if run.should_evaluate:
-            run.keep_best(evaluate(run, recognizer, held_out_set), "loss_per_text_token", {"t2s": write_t2s})
+            run.keep_best(evaluate(run, recognizer, held_out_set), "loss_per_text_token", {"t2s": t2s.save_pretrained})
         if run.should_save:
             run.save_state()
         if run.is_done:
             break
-    run.finish({"t2s": write_t2s})
+    run.finish({"t2s": t2s.save_pretrained})
 
 
 if __name__ == "__main__":

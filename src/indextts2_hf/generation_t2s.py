@@ -319,9 +319,8 @@ class IndexTTS2GenerationMixin(GenerationMixin):
                 "`generate` takes either text (`input_ids` with `speaker_latents`) or a prefix made by `prepare_prefix` "
                 f"(`inputs_embeds`), but got {'neither' if input_ids is None else 'both'}."
             )
-        text = None if text_ids is None else self._frame_text(text_ids, None)
+        text = (text_ids, None) if input_ids is None else (input_ids, attention_mask)
         if inputs_embeds is None:
-            text = self._frame_text(input_ids, attention_mask)
             inputs_embeds, attention_mask = self.prepare_prefix(
                 input_ids,
                 attention_mask,
@@ -364,9 +363,11 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         if num_candidates > 1:
             stop_id = self.config.semantic_stop_token_id
             scores = mean_log_probs(output.sequences, output.logits, stop_id)
-            if self.text_recognizer is not None and text is not None:
+            if self.text_recognizer is not None and text[0] is not None:
                 lengths = (output.sequences != stop_id).cumprod(dim=1).sum(dim=1)
-                pieces, num_pieces = (part.repeat_interleave(num_candidates, dim=0) for part in text)
+                pieces, num_pieces = (
+                    part.repeat_interleave(num_candidates, dim=0) for part in self._frame_text(*text)
+                )
                 scores = scores + self.text_recognizer(
                     output.sequences, lengths.clamp(min=1), pieces[:, 1:-1], num_pieces
                 )
