@@ -4,11 +4,12 @@ import pytest
 import torch
 from conftest import make_tiny_t2s
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.generation import TopKLogitsWarper
 
 from indextts2_hf import IndexTTS2GenerationConfig, IndexTTS2T2SForConditionalGeneration
 from indextts2_hf.generation_t2s import (
+    RoomyLayer,
     SeededSamplingLogitsProcessor,
     SemanticTokenCountLogitsProcessor,
     best_candidates,
@@ -125,6 +126,57 @@ def test_static_cache_equals_dynamic_cache(t2s, mode):
     dynamic = t2s.generate(**make_inputs(t2s), **settings)
     torch.manual_seed(0)
     assert torch.equal(t2s.generate(**make_inputs(t2s), **settings, cache_implementation="static"), dynamic)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_roomy_cache_equals_the_stock_one(t2s, mode, monkeypatch):
+    # Room for three tokens: it moves while it grows.
+    monkeypatch.setattr("indextts2_hf.generation_t2s._CACHE_ROOM", 3)
+    settings = MODES[mode] | {"max_new_tokens": 18, "return_dict_in_generate": True, "text_guidance_scale": 1.5}
+    outputs = []
+    for given in ({}, {"past_key_values": DynamicCache()}):
+        torch.manual_seed(0)
+        outputs.append(t2s.generate(**make_inputs(t2s), **settings, **given))
+    layers, stock_layers = (output.past_key_values.layers for output in outputs)
+    assert all(type(layer) is RoomyLayer for layer in layers)
+    # A cache that is given stays what it is.
+    assert not any(isinstance(layer, RoomyLayer) for layer in stock_layers)
+    assert torch.equal(*(output.sequences for output in outputs))
+    for layer, stock in zip(layers, stock_layers, strict=True):
+        assert torch.equal(layer.keys, stock.keys) and torch.equal(layer.values, stock.values)
+
+
+def test_the_roomy_layer_under_all_that_is_done_to_a_cache(monkeypatch):
+    monkeypatch.setattr("indextts2_hf.generation_t2s._CACHE_ROOM", 4)
+    generator = torch.Generator().manual_seed(0)
+    roomy, stock = RoomyLayer(), DynamicCache().layer_class_to_replicate()
+    addresses = []
+
+    def update(num_tokens):
+        states = [torch.randn(len(rows), 2, num_tokens, 3, generator=generator) for _ in range(2)]
+        for found, expected in zip(roomy.update(*states), stock.update(*states), strict=True):
+            assert torch.equal(found, expected)
+        assert roomy.get_seq_length() == stock.get_seq_length()
+        addresses.append(roomy.keys.data_ptr())
+
+    rows = range(4)
+    for num_tokens in (5, 1, 1, 1, 1, 1, 7):
+        update(num_tokens)
+    # Four tokens stay where they are; the next ones do not fit.
+    assert len(set(addresses[:5])) == 1 and len(set(addresses)) == 3
+    earlier = roomy.keys.clone(), roomy.keys
+    for act in (
+        lambda layer: layer.reorder_cache(torch.tensor([1, 1, 3, 0])),
+        lambda layer: layer.crop(-3),
+        lambda layer: layer.batch_select_indices(torch.tensor([2, 0])),
+        lambda layer: layer.batch_repeat_interleave(3),
+        lambda layer: layer.reset(),
+    ):
+        act(roomy), act(stock)
+        rows = range(4 if stock.keys is None else len(stock.keys))
+        update(1), update(2)
+    # What was returned before is what it was.
+    assert torch.equal(*earlier)
 
 
 def test_stock_output(t2s):

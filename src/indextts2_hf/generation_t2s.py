@@ -1,6 +1,6 @@
 """
 Generation of semantic tokens: the generation config with its token-count control, the logits processor behind it, seeded
-sampling row by row, and the hooks into the stock `generate`. The network itself is in `modeling_t2s.py`.
+sampling row by row, the cache, and the hooks into the stock `generate`. The network itself is in `modeling_t2s.py`.
 """
 
 import math
@@ -16,12 +16,15 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.utils import GenerateOutput
 
 
 # A finite stand-in for minus infinity: beams that are forced to stop keep finite scores, so that beam sampling never
 # meets a row without any possible token.
 _FORBIDDEN = -1e9
+# Tokens for which a cache has room when it has to move.
+_CACHE_ROOM = 128
 # The settings that are not stock.
 OWN_SETTINGS = ("num_semantic_tokens", "duration_conditioning", "text_guidance_scale", "num_candidates")
 
@@ -259,6 +262,44 @@ class SeededSamplingLogitsProcessor(LogitsProcessor):
         gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float32).tiny)))
         chosen = (scores.float() + gumbel).argmax(dim=-1, keepdim=True)
         return torch.full_like(scores, -float("inf")).scatter(1, chosen, 0.0)
+
+
+class _RoomyTensor:
+    """A tensor that grows along its last axis but one, in memory that has room for more."""
+
+    def __init__(self):
+        self.memory = self.view = None
+
+    def append(self, kept: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """`kept`, which nobody changes in place, and `states` behind it."""
+        start = kept.shape[-2] if kept.ndim == states.ndim else 0  # stock: nothing is a tensor of one axis
+        end = start + states.shape[-2]
+        # Others may have chosen rows or cropped: what is kept then lies elsewhere.
+        if kept is not self.view or end > self.memory.shape[-2]:
+            self.memory = states.new_empty(*states.shape[:-2], end + _CACHE_ROOM, states.shape[-1])
+            if start:
+                self.memory[..., :start, :] = kept
+        self.memory[..., start:end, :] = states
+        self.view = self.memory[..., :end, :]
+        return self.view
+
+
+class RoomyLayer(DynamicLayer):
+    """The stock layer of a cache, which for each token copies all keys and values, with room for more instead."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.roomy_keys, self.roomy_values = _RoomyTensor(), _RoomyTensor()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens so far: `(batch_size, num_heads, num_tokens, head_dim)`, as the arguments."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self.roomy_keys.append(self.keys, key_states)
+        self.values = self.roomy_values.append(self.values, value_states)
+        return self.keys, self.values
 
 
 class IndexTTS2GenerationMixin(GenerationMixin):
@@ -522,6 +563,15 @@ class IndexTTS2GenerationMixin(GenerationMixin):
             model_inputs["semantic_ids"] = semantic_ids
             model_inputs["position_ids"] = semantic_positions
         return model_inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if not is_given and type(cache) is DynamicCache:
+            cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
         # Under text guidance the rows without text are behind all the others.
