@@ -104,7 +104,7 @@ def first_batch(features, size=2):
     dataset = T2SDataset(load_features(features, "train"), 0, with_emotion=True)
     sampler = EndlessBatchSampler(len(dataset), size, 1, seed=0, start=0, stop=1, lengths=dataset.lengths)
     batch = collate_t2s([dataset[key] for key in next(iter(sampler))])
-    batch.pop("ids"), batch.pop("speaker_numbers")
+    batch.pop("ids"), batch.pop("speaker_numbers"), batch.pop("emotion_numbers")
     return batch
 
 

@@ -308,22 +308,6 @@ def test_the_ctc_loss_is_that_of_all_spellings():
     assert float(ctc_loss(logits, batch)) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_token_errors():
-    from data import num_ctc_frames
-    from train_semantic_codec import num_token_errors
-
-    assert [num_ctc_frames(ids) for ids in ([], [1], [1, 2], [1, 1, 1])] == [0, 1, 2, 5]
-
-    # Greedy paths `0 0 blank 0` and `1 2`, whose third frame is padding: "0 0" for "0 1", and "1 2" for "1 2".
-    path = torch.tensor([[0, 0, 3, 0], [1, 2, 0, 0]])
-    batch = {
-        "texts": torch.tensor([[0, 1], [1, 2]]),
-        "text_lengths": torch.tensor([2, 2]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
-    }
-    assert num_token_errors(F.one_hot(path, 4).float(), batch) == 1
-
-
 def test_spelling_is_part_of_the_loss_and_of_the_choice(options, tmp_path):
     out = tmp_path / "run"
     run_program(NAME, "--output", out, *options, "--ctc_weight", 0.5, "--mixed_precision", "bf16")

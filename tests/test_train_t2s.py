@@ -142,6 +142,49 @@ def test_the_reversed_term_is_bounded():
     torch.testing.assert_close(gradient[is_found], -torch.autograd.grad(plain, embeds)[0][is_found])
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_states_learn_to_tell_the_emotion(options, tmp_path, stage):
+    arguments = [
+        "--stage",
+        stage,
+        *options,
+        "--max_train_steps",
+        80,
+        "--learning_rate",
+        3e-3,
+        "--speaker_loss_weight",
+        0,
+    ]
+    run_program("train_t2s", "--output", tmp_path / "run", *arguments, "--emotion_loss_weight", 0.5)
+    rows = read_log(tmp_path / "run", "train/")
+    loss = rows[0]["train/semantic_cross_entropy_per_token"] + 0.01 * rows[0]["train/text_cross_entropy_per_token"]
+    losses = [row["train/emotion_cross_entropy_per_token"] for row in rows]
+    assert rows[0]["train/loss"] == pytest.approx(loss + 0.5 * losses[0], rel=1e-5)
+    # Happy or sad, half of each: 0.69 without knowing.
+    assert losses[0] > 0.5 and sum(losses[-10:]) / 10 < 0.45
+
+    # The head is thrown away: a checkpoint has the same weights with and without.
+    run_program("train_t2s", "--output", tmp_path / "plain", *arguments, "--max_train_steps", 1)
+    assert "train/emotion_cross_entropy_per_token" not in read_log(tmp_path / "plain", "train/")[0]
+    assert load_t2s(tmp_path / "run").state_dict().keys() == load_t2s(tmp_path / "plain").state_dict().keys()
+
+
+def test_the_emotion_term_is_of_the_states_of_tokens_whose_emotion_is_known():
+    from train_t2s import EmotionHead
+
+    torch.manual_seed(0)
+    head = EmotionHead(8, 3)
+    states = torch.randn(3, 5, 8, requires_grad=True)
+    labels = torch.tensor([[1, 1, 1, 1], [1, 1, -100, -100], [1, 1, 1, 1]])
+    loss = head(states, labels, torch.tensor([2, 0, -100]))
+    log_probs = head.out_proj(states).log_softmax(dim=-1)
+    expected = -(log_probs[0, :4, 2].mean() + log_probs[1, :2, 0].mean()) / 3
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, states)
+    is_taught = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    assert torch.equal(gradient.abs().sum(dim=-1) > 0, is_taught)
+
+
 @pytest.fixture
 def aligned(tiny_features, tmp_path):
     """A folder with an alignment for each clip: its words share out its time."""
@@ -171,7 +214,7 @@ def test_attention_is_guided(options, aligned, tiny_features, tmp_path):
     rate = load_t2s(out).config.semantic_token_rate
     dataset = T2SDataset(load_features(tiny_features, "train"), 0, alignments=Alignments(aligned, tokenizer, rate))
     batch = collate_t2s([dataset[index, index] for index in range(len(dataset))])
-    batch.pop("ids"), batch.pop("speaker_numbers")
+    batch.pop("ids"), batch.pop("speaker_numbers"), batch.pop("emotion_numbers")
     positions = batch.pop("text_positions")
     assert (positions >= 0).any()
     means = {}
@@ -311,6 +354,22 @@ def test_impossible_probability(options, tmp_path, monkeypatch, capsys, option):
     with pytest.raises(SystemExit):
         parse()
     assert f"{option} is 1.5, but a probability is a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_an_emotion_term_without_emotions(options, tiny_features, tmp_path, monkeypatch, capsys):
+    from train_t2s import parse
+
+    command = ["train_t2s.py", "--stage", 1, "--output", tmp_path / "run", *options, "--emotion_loss_weight", 0.1]
+    monkeypatch.setattr(sys, "argv", [str(item) for item in command])
+    with pytest.raises(SystemExit):
+        parse()
+    assert "--emotion_loss_weight needs stage 2 or 3: in stage 1 there is no emotion" in capsys.readouterr().err
+
+    happy = [row for row, name in enumerate(load_features(tiny_features, "train")["emotion"]) if name == "happy"]
+    features = copy_features(tiny_features, tmp_path / "features", happy, [0, 2])
+    command[2] = 2
+    said = run_to_error("train_t2s", *command[1:], "--data", features)
+    assert "needs clips of at least two emotions" in said and "has happy" in said
 
 
 def copy_features(source, folder, train_rows, held_out_rows, strangers=()):

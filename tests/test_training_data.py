@@ -24,11 +24,13 @@ from data import (
     EndlessBatchSampler,
     T2SDataset,
     collate_t2s,
+    ctc_token_errors,
     draw_generator,
     feature_columns,
     find_fault,
     load_features,
     made_with,
+    num_ctc_frames,
     read_manifest,
 )
 from indextts2_hf.feature_extraction_indextts2 import load_audio
@@ -342,6 +344,21 @@ def test_draws_are_independent():
     assert 0.4 < np.mean(values) < 0.6
 
 
+# --- texts read by CTC -----------------------------------------------------------------------------------------------------
+
+
+def test_frames_that_ctc_needs():
+    assert [num_ctc_frames(ids) for ids in ([], [1], [1, 2], [1, 1, 1])] == [0, 1, 2, 5]
+
+
+def test_token_errors_of_ctc():
+    # Greedy paths `0 0 blank 0` and `1 2`, whose third frame is padding: "0 0" for "0 1", and "1 2" for "1 2".
+    path = torch.tensor([[0, 0, 3, 0], [1, 2, 0, 0]])
+    texts, lengths = torch.tensor([[0, 1], [1, 2]]), torch.tensor([2, 2])
+    logits = torch.nn.functional.one_hot(path, 4).float()
+    assert ctc_token_errors(logits, torch.tensor([4, 2]), texts, lengths) == [1, 0]
+
+
 # --- examples --------------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +408,8 @@ def test_prompts():
         examples = [dataset[index, draw] for draw in range(60)]
         assert {example["id"] for example in examples} == {ROWS[index][0]}
         assert {example["speaker_number"] for example in examples} == {["anna", "bert", "carl"].index(ROWS[index][1])}
+        emotion_number = {"happy": 0, "sad": 1, None: -100}[ROWS[index][2]]
+        assert {example["emotion_number"] for example in examples} == {emotion_number}
         assert all(example["semantic_ids"].tolist() == [index] * (3 + index) for example in examples)
         voices[index] = {int(example["speaker_features"][0, 0]) for example in examples}
         emotions[index] = {int(example["emotion_features"][0, 0]) for example in examples}
@@ -589,6 +608,7 @@ def test_collate():
     batch = collate_t2s(examples)
     assert batch["ids"] == ["a1"] * 8 + ["a3"] * 8
     assert batch["speaker_numbers"].tolist() == [0] * 16
+    assert batch["emotion_numbers"].tolist() == [0] * 16
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (16, 2)
     assert batch["labels"].shape == (16, 7)
     assert batch["labels"][0].tolist() == [0, 0, 0, -100, -100, -100, -100]
@@ -609,7 +629,7 @@ def test_a_batch_has_the_loss_of_its_rows(tiny_model, tiny_features):
     """The padding of the collator and of the model agree."""
     dataset = T2SDataset(load_features(tiny_features, "train"), seed=0, with_emotion=True, free_length_probability=0.5)
     examples = [dataset[index, index] for index in (0, 3, 5, 9)]
-    names = ("ids", "speaker_numbers")
+    names = ("ids", "speaker_numbers", "emotion_numbers")
 
     def loss(rows):
         with torch.no_grad():

@@ -22,6 +22,7 @@ import numpy as np
 import soundfile
 import torch
 from datasets import Array2D, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from rapidfuzz.distance import Levenshtein
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
@@ -476,6 +477,28 @@ def num_ctc_frames(ids: list[int]) -> int:
     return len(ids) + sum(first == second for first, second in zip(ids, ids[1:], strict=False))
 
 
+def ctc_token_errors(
+    logits: torch.Tensor, num_frames: torch.LongTensor, texts: torch.LongTensor, text_lengths: torch.LongTensor
+) -> list[int]:
+    r"""
+    Edit distance of what CTC reads, greedily, to the text.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, length, vocab_size + 1)`): or log-probabilities; the blank is the last.
+        num_frames (`torch.LongTensor` of shape `(batch_size,)`): frames of each row.
+        texts (`torch.LongTensor` of shape `(batch_size, text_length)`): ids, anything behind the end.
+        text_lengths (`torch.LongTensor` of shape `(batch_size,)`): ids of each text.
+
+    Returns:
+        `list[int]`: one number for each row.
+    """
+    blank, errors = logits.shape[-1] - 1, []
+    for path, length, text, num_ids in zip(logits.argmax(dim=-1), num_frames, texts, text_lengths, strict=True):
+        found = [token for token in path[:length].unique_consecutive().tolist() if token != blank]
+        errors.append(Levenshtein.distance(found, text[:num_ids].tolist()))
+    return errors
+
+
 # --- examples of the text-to-semantic transformer ------------------------------------------------------------------------
 
 
@@ -597,6 +620,8 @@ class T2SDataset(Dataset):
         self.clips, self.speakers, self.emotions, lengths = (list(table[name]) for name in table.column_names)
         self.speaker_names = sorted(set(self.speakers))
         self.speaker_numbers = {name: number for number, name in enumerate(self.speaker_names)}
+        self.emotion_names = sorted({name for name in self.emotions if name})
+        self.emotion_numbers = {name: number for number, name in enumerate(self.emotion_names)}
         self.rows_of_speaker: dict[str, list[int]] = defaultdict(list)
         clips_of_speaker: dict[str, set[str]] = defaultdict(set)
         for row, (clip, speaker) in enumerate(zip(self.clips, self.speakers, strict=True)):
@@ -635,6 +660,7 @@ class T2SDataset(Dataset):
             "semantic_ids": torch.as_tensor(target["semantic_ids"]).long(),
             "speaker_features": torch.as_tensor(self.features[int(rng.choice(others))]["semantic_features"]).float(),
             "speaker_number": self.speaker_numbers[self.speakers[row]],
+            "emotion_number": self.emotion_numbers.get(self.emotions[row], -100),
             "is_free": rng.random() < self.free_length_probability,
             "num_semantic_tokens": len(target["semantic_ids"]),
         }
@@ -669,9 +695,9 @@ class T2SDataset(Dataset):
 
 def collate_t2s(examples: list[dict[str, Any]]) -> dict[str, Any]:
     r"""
-    A batch for `IndexTTS2T2SForConditionalGeneration.forward`, beside `ids`, the names of its clips, `speaker_numbers` of shape
-    `(batch_size,)`, and, with alignments, `text_positions` of the shape of `labels`. Rows are padded on the right; labels and text
-    positions with -100.
+    A batch for `IndexTTS2T2SForConditionalGeneration.forward`, beside `ids`, the names of its clips, `speaker_numbers` and
+    `emotion_numbers` of shape `(batch_size,)`, the latter -100 where a clip has no emotion, and, with alignments, `text_positions` of the
+    shape of `labels`. Rows are padded on the right; labels and text positions with -100.
     """
     input_ids = [example["input_ids"] for example in examples]
     masks = [torch.full_like(example["input_ids"], example["has_text"]) for example in examples]
@@ -680,6 +706,7 @@ def collate_t2s(examples: list[dict[str, Any]]) -> dict[str, Any]:
     batch = {
         "ids": [example["id"] for example in examples],
         "speaker_numbers": torch.tensor([example["speaker_number"] for example in examples]),
+        "emotion_numbers": torch.tensor([example["emotion_number"] for example in examples]),
         "input_ids": pad_sequence(input_ids, batch_first=True),
         "attention_mask": pad_sequence(masks, batch_first=True),
         "labels": pad_sequence(semantic_ids, batch_first=True, padding_value=-100),

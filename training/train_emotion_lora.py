@@ -173,7 +173,8 @@ def evaluate(run: Run, model: nn.Module, held_out_sets: dict[str, T2SDataset], s
     for name, dataset in held_out_sets.items():
         batches = []
         for batch, count in run.evaluation_batches(dataset, collate_t2s):
-            batch.pop("ids"), batch.pop("speaker_numbers")
+            for name in ("ids", "speaker_numbers", "emotion_numbers"):
+                batch.pop(name)
             output = model(**batch, use_cache=False)
             accuracy = token_accuracy(output.logits, batch["labels"], stop_token_id)
             batches.append(({FIGURE: output.semantic_loss, "token_accuracy": accuracy}, count))
@@ -312,7 +313,7 @@ def main() -> None:
         if run.evaluations_since_best >= arguments.patience:
             run.say(f"No better evaluation in {arguments.patience}: stopped at step {run.step}.")
             break
-        ids, _ = batch.pop("ids"), batch.pop("speaker_numbers")
+        ids, _, _ = (batch.pop(name) for name in ("ids", "speaker_numbers", "emotion_numbers"))
         with accelerator.accumulate(t2s):
             output = t2s(**batch, use_cache=False)
             run.check_loss(output.loss, ids)

@@ -32,14 +32,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from rapidfuzz.distance import Levenshtein
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from checkpoint import load_part
-from data import draw_generator, load_features, num_ctc_frames
+from data import ctc_token_errors, draw_generator, load_features, num_ctc_frames
 from indextts2_hf import IndexTTS2SemanticCodec, IndexTTS2T2SConfig
 from indextts2_hf.modeling_semantic_codec import IndexTTS2SemanticCodecOutput
 from run import Run, add_run_arguments, parse_arguments, run_program
@@ -301,17 +300,6 @@ def ctc_loss(logits: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
     return (losses / batch["text_lengths"]).mean()
 
 
-def num_token_errors(logits: torch.Tensor, batch: dict[str, Any]) -> int:
-    """Edit distance of greedily decoded CTC to the texts, summed over the rows."""
-    blank, errors = logits.shape[-1] - 1, 0
-    for row, num_frames, text, num_ids in zip(
-        logits.argmax(dim=-1), batch["attention_mask"].sum(dim=1), batch["texts"], batch["text_lengths"], strict=True
-    ):
-        found = [token for token in row[:num_frames].unique_consecutive().tolist() if token != blank]
-        errors += Levenshtein.distance(found, text[:num_ids].tolist())
-    return errors
-
-
 # --- evaluation ----------------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +334,8 @@ def evaluate(
             if head is not None:
                 logits = run.accelerator.unwrap_model(head)(output.semantic_embeds, batch["attention_mask"])
                 sums["ctc"] += ctc_loss(logits, batch) * count
-                sums["errors"] += num_token_errors(logits, batch)
+                lengths, *texts = batch["attention_mask"].sum(dim=1), batch["texts"], batch["text_lengths"]
+                sums["errors"] += sum(ctc_token_errors(logits, lengths, *texts))
                 sums["labels"] += batch["text_lengths"].sum()
     codec.train()
     flat = run.accelerator.reduce(torch.cat(list(sums.values())), reduction="sum").cpu()

@@ -27,9 +27,13 @@ With `--alignments` the first head of each block but the first is guided in its 
 piece of the text that is being spoken (supervised attention, after Tachibana et al. 2018, arXiv 1710.08969, who have a diagonal instead of
 alignments). It is meant for a model from nothing, which has to learn to read. The model is the same with and without.
 
+With `--emotion_loss_weight` the states tell the emotion: a linear head, which is thrown away, learns to name the emotion of the clip from the
+state of each token. S2M has these states and the tokens alone to know an emotion by; what is to be said next hardly needs it once
+speech has begun, so that without the term the states hardly keep it.
+
 The paper states AdamW, the rate 2e-4, the 30 %, and what each stage trains. Batch, steps, schedule, weight of the speaker term,
 size of the classifier, weight of the text term (0.01, `text_loss_weight` of the checkpoint), the length jitter, the wrong tokens,
-the draws without text and the emotion prompt are ours.
+the draws without text, the emotion term and the emotion prompt are ours.
 """
 
 import argparse
@@ -98,8 +102,8 @@ def parse() -> argparse.Namespace:
         "--classifier_rate_factor",
         type=float,
         default=10.0,
-        help="how much faster it learns than the rest: at equal rates the vector outruns it, and a new classifier still "
-        "finds the speaker (ours: %(default)s)",
+        help="how much faster it learns than the rest, and the emotion head too: at equal rates the vector outruns it, and a new "
+        "classifier still finds the speaker (ours: %(default)s)",
     )
     parser.add_argument(
         "--alignments",
@@ -113,12 +117,20 @@ def parse() -> argparse.Namespace:
         default=0.5,
         help="weight of its term, where there are alignments (ours: %(default)s)",
     )
+    parser.add_argument(
+        "--emotion_loss_weight",
+        type=float,
+        default=0.0,
+        help="weight of the term by which the states tell the emotion, in stages 2 and 3 (ours: %(default)s)",
+    )
     parser.add_argument("--dropout", type=float, help="in the trunk; by default what the checkpoint says")
     add_run_arguments(parser)
     arguments = parse_arguments(parser)
     for name in ("free_length_probability", "wrong_history_probability", "text_dropout_probability"):
         if not 0.0 <= getattr(arguments, name) <= 1.0:
             parser.error(f"--{name} is {getattr(arguments, name)}, but a probability is a number from 0 to 1")
+    if arguments.emotion_loss_weight and arguments.stage == 1:
+        parser.error("--emotion_loss_weight needs stage 2 or 3: in stage 1 there is no emotion")
     return arguments
 
 
@@ -162,6 +174,32 @@ class SpeakerClassifier(nn.Module):
         # Normalised, or the vector could run away by growing.
         embeds = F.layer_norm(emotion_embeds, emotion_embeds.shape[-1:])
         return self.out_proj(F.gelu(self.in_proj(embeds))).float()
+
+
+class EmotionHead(nn.Module):
+    """Names the emotion of a clip from the state of each of its tokens, while its gradient teaches the states to keep it."""
+
+    def __init__(self, hidden_size: int, num_emotions: int):
+        super().__init__()
+        self.out_proj = nn.Linear(hidden_size, num_emotions)
+
+    def forward(
+        self, hidden_states: torch.Tensor, labels: torch.LongTensor, emotion_numbers: torch.LongTensor
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_semantic_tokens + 1, hidden_size)`): T2S states.
+            labels (`torch.LongTensor` of shape `(batch_size, num_semantic_tokens)`): tokens, -100 behind the end.
+            emotion_numbers (`torch.LongTensor` of shape `(batch_size,)`): -100 where the emotion is not known.
+
+        Returns:
+            `torch.Tensor` of shape `()`: mean cross-entropy per token, of clips without a known emotion 0.
+        """
+        # The states that S2M gets: each predicts its token.
+        logits = self.out_proj(hidden_states[:, :-1]).float()
+        targets = emotion_numbers[:, None].expand_as(labels).masked_fill(labels < 0, -100)
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
+        return (losses.sum(dim=1) / (labels >= 0).sum(dim=1)).mean()
 
 
 class GuidedAttention:
@@ -227,7 +265,8 @@ def evaluate(run: Run, model: nn.Module, dataset: T2SDataset, stop_token_id: int
     model.eval()
     batches = []
     for batch, count in run.evaluation_batches(dataset, collate_t2s):
-        batch.pop("ids"), batch.pop("speaker_numbers")
+        for name in ("ids", "speaker_numbers", "emotion_numbers"):
+            batch.pop(name)
         output = model(**batch, use_cache=False)
         figures = {
             "semantic_cross_entropy_per_token": output.semantic_loss,
@@ -304,6 +343,11 @@ def main() -> None:
                 f"{len(dataset.lone_speakers)} speakers of the {split} split have one clip alone, which has no prompt: left out."
             )
     loader = run.make_loader(train_set, collate_t2s, train_set.lengths)
+    if arguments.emotion_loss_weight and len(train_set.emotion_names) < 2:
+        raise ValueError(
+            f"--emotion_loss_weight needs clips of at least two emotions, but --data {arguments.data} has "
+            f"{', '.join(train_set.emotion_names) or 'none'}. Fill the column `emotion`, or leave the option out."
+        )
 
     # Model
     dropout = (
@@ -336,17 +380,24 @@ def main() -> None:
     parameters = [parameter for parameter in t2s.parameters() if parameter.requires_grad]
     groups = [{"params": parameters}]
     num_parameters = sum(parameter.numel() for parameter in parameters)
-    classifier = None
+    classifier = emotion_head = None
     if arguments.stage == 2:
         num_speakers = len(train_set.speaker_names)
         classifier = SpeakerClassifier(t2s.config.hidden_size, arguments.classifier_size, num_speakers)
-        rate = arguments.classifier_rate_factor * arguments.learning_rate
-        groups.append({"params": list(classifier.parameters()), "lr": rate})
+    if arguments.emotion_loss_weight:
+        emotion_head = EmotionHead(t2s.config.hidden_size, len(train_set.emotion_names))
+    rate = arguments.classifier_rate_factor * arguments.learning_rate
+    groups += [
+        {"params": list(head.parameters()), "lr": rate} for head in (classifier, emotion_head) if head is not None
+    ]
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
     scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.max_train_steps)
     t2s, optimizer, loader, scheduler = accelerator.prepare(t2s, optimizer, loader, scheduler)
     if classifier is not None:
         classifier = accelerator.prepare(classifier)
+    if emotion_head is not None:
+        emotion_head = accelerator.prepare(emotion_head)
+    heads = [head for head in (classifier, emotion_head) if head is not None]
     run.restore()
 
     rows_per_step = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
@@ -362,9 +413,11 @@ def main() -> None:
             evaluate(run, t2s, held_out_set, stop_token_id), "semantic_cross_entropy_per_token", {"t2s": t2s}
         )
     for batch in run.batches(loader):
-        ids, speaker_numbers = batch.pop("ids"), batch.pop("speaker_numbers")
+        ids, speaker_numbers, emotion_numbers = (
+            batch.pop(name) for name in ("ids", "speaker_numbers", "emotion_numbers")
+        )
         text_positions = batch.pop("text_positions", None)
-        with accelerator.accumulate(*([t2s] if classifier is None else [t2s, classifier])):
+        with accelerator.accumulate(t2s, *heads):
             output = t2s(**batch, use_cache=False)
             loss = output.loss
             figures = {
@@ -381,12 +434,17 @@ def main() -> None:
                 speaker_loss, figures["speaker_accuracy"] = classifier(output.emotion_embeds, speaker_numbers)
                 figures["speaker_cross_entropy_per_clip"] = speaker_loss
                 loss = loss + arguments.speaker_loss_weight * speaker_loss
+            if emotion_head is not None:
+                figures["emotion_cross_entropy_per_token"] = emotion_head(
+                    output.last_hidden_state, batch["labels"], emotion_numbers
+                )
+                loss = loss + arguments.emotion_loss_weight * figures["emotion_cross_entropy_per_token"]
             run.check_loss(loss, ids)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 run.clip_gradients(parameters)
-                if classifier is not None:
-                    accelerator.clip_grad_norm_(classifier.parameters(), arguments.max_grad_norm)
+                for head in heads:
+                    accelerator.clip_grad_norm_(head.parameters(), arguments.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

@@ -16,14 +16,13 @@ from typing import Any
 
 import datasets
 import torch
-from rapidfuzz.distance import Levenshtein
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from checkpoint import load_part
-from data import load_features, num_ctc_frames
+from data import ctc_token_errors, load_features, num_ctc_frames
 from indextts2_hf import IndexTTS2T2SForConditionalGeneration
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
 
@@ -91,15 +90,12 @@ def evaluate(run: Run, recognizer: nn.Module, dataset: TokenDataset) -> dict[str
     batches = []
     for batch, count in run.evaluation_batches(dataset, collate):
         batch.pop("clips")
-        lengths, texts = batch["num_semantic_tokens"], batch["text_ids"]
-        best_path = recognizer.log_probs(batch["semantic_ids"], lengths).argmax(dim=-1)
-        error_rates = []
-        for path, length, text, num_ids in zip(best_path, lengths, texts, batch["num_text_tokens"], strict=True):
-            found = [token for token in path[:length].unique_consecutive().tolist() if token != recognizer.blank_id]
-            error_rates.append(Levenshtein.distance(found, text[:num_ids].tolist()) / int(num_ids))
+        lengths, texts, text_lengths = (batch[name] for name in ("num_semantic_tokens", "text_ids", "num_text_tokens"))
+        log_probs = recognizer.log_probs(batch["semantic_ids"], lengths)
+        errors = torch.tensor(ctc_token_errors(log_probs, lengths, texts, text_lengths), device=texts.device)
         figures = {
             "loss_per_text_token": -recognizer(**batch).mean(),
-            "text_token_error_rate": sum(error_rates) / len(error_rates),
+            "text_token_error_rate": (errors / text_lengths).mean(),
         }
         batches.append((figures, count))
     recognizer.train()
