@@ -169,19 +169,20 @@ def test_the_states_learn_to_tell_the_emotion(options, tmp_path, stage):
     assert load_t2s(tmp_path / "run").state_dict().keys() == load_t2s(tmp_path / "plain").state_dict().keys()
 
 
-def test_the_emotion_term_is_of_the_states_of_tokens_whose_emotion_is_known():
-    from train_t2s import EmotionHead
+def test_the_terms_of_the_states_are_of_tokens_whose_name_is_known():
+    from train_t2s import StateHead
 
     torch.manual_seed(0)
-    head = EmotionHead(8, 3)
+    head = StateHead(8, 3)
     states = torch.randn(3, 5, 8, requires_grad=True)
     labels = torch.tensor([[1, 1, 1, 1], [1, 1, -100, -100], [1, 1, 1, 1]])
-    loss = head(states, labels, torch.tensor([2, 0, -100]))
+    targets = torch.tensor([[2, 1, -100, 1], [0, 0, 0, 0], [-100, -100, -100, -100]])
+    loss = head(states, labels, targets)
     log_probs = head.out_proj(states).log_softmax(dim=-1)
-    expected = -(log_probs[0, :4, 2].mean() + log_probs[1, :2, 0].mean()) / 3
-    torch.testing.assert_close(loss, expected)
+    first = log_probs[0, 0, 2] + log_probs[0, 1, 1] + log_probs[0, 3, 1]
+    torch.testing.assert_close(loss, -(first / 4 + log_probs[1, :2, 0].mean()) / 3)
     (gradient,) = torch.autograd.grad(loss, states)
-    is_taught = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    is_taught = torch.tensor([[1, 1, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
     assert torch.equal(gradient.abs().sum(dim=-1) > 0, is_taught)
 
 
@@ -196,6 +197,17 @@ def aligned(tiny_features, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"word_begins_s": times[:-1], "word_ends_s": times[1:]}))
     return folder
+
+
+def test_the_states_learn_to_tell_the_piece_that_is_spoken(options, aligned, tmp_path):
+    arguments = ["--stage", 1, *options, "--max_train_steps", 80, "--learning_rate", 3e-3, "--alignments", aligned]
+    arguments += ["--guided_attention_weight", 0, "--piece_loss_weight", 0.5]
+    run_program("train_t2s", "--output", tmp_path / "run", *arguments)
+    rows = read_log(tmp_path / "run", "train/")
+    loss = rows[0]["train/semantic_cross_entropy_per_token"] + 0.01 * rows[0]["train/text_cross_entropy_per_token"]
+    losses = [row["train/piece_cross_entropy_per_token"] for row in rows]
+    assert rows[0]["train/loss"] == pytest.approx(loss + 0.5 * losses[0], rel=1e-5)
+    assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
 
 
 def test_attention_is_guided(options, aligned, tiny_features, tmp_path):
@@ -356,7 +368,7 @@ def test_impossible_probability(options, tmp_path, monkeypatch, capsys, option):
     assert f"{option} is 1.5, but a probability is a number from 0 to 1" in capsys.readouterr().err
 
 
-def test_an_emotion_term_without_emotions(options, tiny_features, tmp_path, monkeypatch, capsys):
+def test_terms_of_the_states_without_emotions_or_alignments(options, tiny_features, tmp_path, monkeypatch, capsys):
     from train_t2s import parse
 
     command = ["train_t2s.py", "--stage", 1, "--output", tmp_path / "run", *options, "--emotion_loss_weight", 0.1]
@@ -364,6 +376,10 @@ def test_an_emotion_term_without_emotions(options, tiny_features, tmp_path, monk
     with pytest.raises(SystemExit):
         parse()
     assert "--emotion_loss_weight needs stage 2 or 3: in stage 1 there is no emotion" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [str(item) for item in command[:-2]] + ["--piece_loss_weight", "0.1"])
+    with pytest.raises(SystemExit):
+        parse()
+    assert "--piece_loss_weight needs --alignments, which say what is spoken when" in capsys.readouterr().err
 
     happy = [row for row, name in enumerate(load_features(tiny_features, "train")["emotion"]) if name == "happy"]
     features = copy_features(tiny_features, tmp_path / "features", happy, [0, 2])

@@ -27,13 +27,14 @@ With `--alignments` the first head of each block but the first is guided in its 
 piece of the text that is being spoken (supervised attention, after Tachibana et al. 2018, arXiv 1710.08969, who have a diagonal instead of
 alignments). It is meant for a model from nothing, which has to learn to read. The model is the same with and without.
 
-With `--emotion_loss_weight` the states tell the emotion: a linear head, which is thrown away, learns to name the emotion of the clip from the
-state of each token. S2M has these states and the tokens alone to know an emotion by; what is to be said next hardly needs it once
-speech has begun, so that without the term the states hardly keep it.
+S2M has the tokens and the states of T2S alone to know an emotion and the text by, but a state learns no more than what the next token needs,
+which once speech has begun is hardly the emotion. With `--emotion_loss_weight` the states tell it: a linear head, which is thrown away, learns to name
+the emotion of the clip from the state of each token. With `--piece_loss_weight` another one names the piece of the text that is being spoken, which needs
+`--alignments`.
 
 The paper states AdamW, the rate 2e-4, the 30 %, and what each stage trains. Batch, steps, schedule, weight of the speaker term,
 size of the classifier, weight of the text term (0.01, `text_loss_weight` of the checkpoint), the length jitter, the wrong tokens,
-the draws without text, the emotion term and the emotion prompt are ours.
+the draws without text, the terms of the states and the emotion prompt are ours.
 """
 
 import argparse
@@ -102,8 +103,8 @@ def parse() -> argparse.Namespace:
         "--classifier_rate_factor",
         type=float,
         default=10.0,
-        help="how much faster it learns than the rest, and the emotion head too: at equal rates the vector outruns it, and a new "
-        "classifier still finds the speaker (ours: %(default)s)",
+        help="how much faster it learns than the rest, and the heads on the states too: at equal rates the vector outruns it, and "
+        "a new classifier still finds the speaker (ours: %(default)s)",
     )
     parser.add_argument(
         "--alignments",
@@ -123,6 +124,12 @@ def parse() -> argparse.Namespace:
         default=0.0,
         help="weight of the term by which the states tell the emotion, in stages 2 and 3 (ours: %(default)s)",
     )
+    parser.add_argument(
+        "--piece_loss_weight",
+        type=float,
+        default=0.0,
+        help="weight of the term by which they tell the piece that is spoken, where there are alignments (ours: %(default)s)",
+    )
     parser.add_argument("--dropout", type=float, help="in the trunk; by default what the checkpoint says")
     add_run_arguments(parser)
     arguments = parse_arguments(parser)
@@ -131,6 +138,8 @@ def parse() -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(arguments, name)}, but a probability is a number from 0 to 1")
     if arguments.emotion_loss_weight and arguments.stage == 1:
         parser.error("--emotion_loss_weight needs stage 2 or 3: in stage 1 there is no emotion")
+    if arguments.piece_loss_weight and arguments.alignments is None:
+        parser.error("--piece_loss_weight needs --alignments, which say what is spoken when")
     return arguments
 
 
@@ -176,28 +185,28 @@ class SpeakerClassifier(nn.Module):
         return self.out_proj(F.gelu(self.in_proj(embeds))).float()
 
 
-class EmotionHead(nn.Module):
-    """Names the emotion of a clip from the state of each of its tokens, while its gradient teaches the states to keep it."""
+class StateHead(nn.Module):
+    """Names from the state of each token what S2M is to know, while its gradient teaches the states to keep it."""
 
-    def __init__(self, hidden_size: int, num_emotions: int):
+    def __init__(self, hidden_size: int, num_names: int):
         super().__init__()
-        self.out_proj = nn.Linear(hidden_size, num_emotions)
+        self.out_proj = nn.Linear(hidden_size, num_names)
 
     def forward(
-        self, hidden_states: torch.Tensor, labels: torch.LongTensor, emotion_numbers: torch.LongTensor
+        self, hidden_states: torch.Tensor, labels: torch.LongTensor, targets: torch.LongTensor
     ) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, num_semantic_tokens + 1, hidden_size)`): T2S states.
             labels (`torch.LongTensor` of shape `(batch_size, num_semantic_tokens)`): tokens, -100 behind the end.
-            emotion_numbers (`torch.LongTensor` of shape `(batch_size,)`): -100 where the emotion is not known.
+            targets (`torch.LongTensor` of shape `(batch_size, num_semantic_tokens)`): names, -100 where none is known.
 
         Returns:
-            `torch.Tensor` of shape `()`: mean cross-entropy per token, of clips without a known emotion 0.
+            `torch.Tensor` of shape `()`: mean cross-entropy per token, 0 where no name is known; the mean over rows.
         """
         # The states that S2M gets: each predicts its token.
         logits = self.out_proj(hidden_states[:, :-1]).float()
-        targets = emotion_numbers[:, None].expand_as(labels).masked_fill(labels < 0, -100)
+        targets = targets.masked_fill(labels < 0, -100)
         losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
         return (losses.sum(dim=1) / (labels >= 0).sum(dim=1)).mean()
 
@@ -380,24 +389,28 @@ def main() -> None:
     parameters = [parameter for parameter in t2s.parameters() if parameter.requires_grad]
     groups = [{"params": parameters}]
     num_parameters = sum(parameter.numel() for parameter in parameters)
-    classifier = emotion_head = None
+    classifier = None
+    state_heads: dict[str, nn.Module] = {}
     if arguments.stage == 2:
         num_speakers = len(train_set.speaker_names)
         classifier = SpeakerClassifier(t2s.config.hidden_size, arguments.classifier_size, num_speakers)
     if arguments.emotion_loss_weight:
-        emotion_head = EmotionHead(t2s.config.hidden_size, len(train_set.emotion_names))
+        state_heads["emotion"] = StateHead(t2s.config.hidden_size, len(train_set.emotion_names))
+    if arguments.piece_loss_weight:
+        state_heads["piece"] = StateHead(t2s.config.hidden_size, t2s.config.text_vocab_size)
     rate = arguments.classifier_rate_factor * arguments.learning_rate
     groups += [
-        {"params": list(head.parameters()), "lr": rate} for head in (classifier, emotion_head) if head is not None
+        {"params": list(head.parameters()), "lr": rate}
+        for head in (classifier, *state_heads.values())
+        if head is not None
     ]
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
     scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.max_train_steps)
     t2s, optimizer, loader, scheduler = accelerator.prepare(t2s, optimizer, loader, scheduler)
     if classifier is not None:
         classifier = accelerator.prepare(classifier)
-    if emotion_head is not None:
-        emotion_head = accelerator.prepare(emotion_head)
-    heads = [head for head in (classifier, emotion_head) if head is not None]
+    state_heads = {name: accelerator.prepare(head) for name, head in state_heads.items()}
+    heads = [head for head in (classifier, *state_heads.values()) if head is not None]
     run.restore()
 
     rows_per_step = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
@@ -434,11 +447,15 @@ def main() -> None:
                 speaker_loss, figures["speaker_accuracy"] = classifier(output.emotion_embeds, speaker_numbers)
                 figures["speaker_cross_entropy_per_clip"] = speaker_loss
                 loss = loss + arguments.speaker_loss_weight * speaker_loss
-            if emotion_head is not None:
-                figures["emotion_cross_entropy_per_token"] = emotion_head(
-                    output.last_hidden_state, batch["labels"], emotion_numbers
-                )
-                loss = loss + arguments.emotion_loss_weight * figures["emotion_cross_entropy_per_token"]
+            for name, head in state_heads.items():
+                targets = emotion_numbers[:, None].expand_as(batch["labels"])
+                if name == "piece":
+                    targets = (
+                        batch["input_ids"].gather(1, text_positions.clamp(min=0)).masked_fill(text_positions < 0, -100)
+                    )
+                figure = head(output.last_hidden_state, batch["labels"], targets)
+                figures[f"{name}_cross_entropy_per_token"] = figure
+                loss = loss + getattr(arguments, f"{name}_loss_weight") * figure
             run.check_loss(loss, ids)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
