@@ -173,8 +173,7 @@ def evaluate(run: Run, model: nn.Module, held_out_sets: dict[str, T2SDataset], s
     for name, dataset in held_out_sets.items():
         batches = []
         for batch, count in run.evaluation_batches(dataset, collate_t2s):
-            for name in ("ids", "speaker_numbers", "emotion_numbers"):
-                batch.pop(name)
+            batch.pop("ids"), batch.pop("speaker_numbers"), batch.pop("emotion_numbers")
             output = model(**batch, use_cache=False)
             accuracy = token_accuracy(output.logits, batch["labels"], stop_token_id)
             batches.append(({FIGURE: output.semantic_loss, "token_accuracy": accuracy}, count))
