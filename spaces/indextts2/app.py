@@ -228,7 +228,7 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
                             ("top_k", "Top k", (1, 200), 1),
                             ("num_beams", "Beams", (1, 5), 1),
                             ("text_guidance_scale", "Guidance by the text, for tokens", (1.0, 4.0), 0.1),
-                            ("num_candidates", "Candidates, of which the best is spoken", (1, 8), 1),
+                            ("num_candidates", "Candidates, of which the best is spoken", (1, 16), 1),
                             ("num_inference_steps", "Flow-matching steps", (1, 50), 1),
                             ("guidance_scale", "Guidance, for flow matching", (1.0, 4.0), 0.1),
                             ("segment_silence_s", "Pause between segments, in seconds", (0.0, 2.0), 0.05),
