@@ -334,8 +334,8 @@ def evaluate(
             if head is not None:
                 logits = run.accelerator.unwrap_model(head)(output.semantic_embeds, batch["attention_mask"])
                 sums["ctc"] += ctc_loss(logits, batch) * count
-                lengths, *texts = batch["attention_mask"].sum(dim=1), batch["texts"], batch["text_lengths"]
-                sums["errors"] += sum(ctc_token_errors(logits, lengths, *texts))
+                num_frames = batch["attention_mask"].sum(dim=1)
+                sums["errors"] += sum(ctc_token_errors(logits, num_frames, batch["texts"], batch["text_lengths"]))
                 sums["labels"] += batch["text_lengths"].sum()
     codec.train()
     flat = run.accelerator.reduce(torch.cat(list(sums.values())), reduction="sum").cpu()

@@ -27,10 +27,9 @@ With `--alignments` the first head of each block but the first is guided in its 
 piece of the text that is being spoken (supervised attention, after Tachibana et al. 2018, arXiv 1710.08969, who have a diagonal instead of
 alignments). It is meant for a model from nothing, which has to learn to read. The model is the same with and without.
 
-S2M has the tokens and the states of T2S alone to know an emotion and the text by, but a state learns no more than what the next token needs,
-which once speech has begun is hardly the emotion. With `--emotion_loss_weight` the states tell it: a linear head, which is thrown away, learns to name
-the emotion of the clip from the state of each token. With `--piece_loss_weight` another one names the piece of the text that is being spoken, which needs
-`--alignments`.
+S2M has the tokens and the states of T2S alone to know an emotion and the text by, but a state learns no more than what the next token needs.
+With `--emotion_loss_weight` the states tell the emotion: a linear head, which is thrown away, learns to name that of the clip from the state of
+each token. With `--piece_loss_weight` another one names the piece of the text that is being spoken, which needs `--alignments`.
 
 The paper states AdamW, the rate 2e-4, the 30 %, and what each stage trains. Batch, steps, schedule, weight of the speaker term,
 size of the classifier, weight of the text term (0.01, `text_loss_weight` of the checkpoint), the length jitter, the wrong tokens,
@@ -447,15 +446,14 @@ def main() -> None:
                 speaker_loss, figures["speaker_accuracy"] = classifier(output.emotion_embeds, speaker_numbers)
                 figures["speaker_cross_entropy_per_clip"] = speaker_loss
                 loss = loss + arguments.speaker_loss_weight * speaker_loss
+            targets = {"emotion": emotion_numbers[:, None].expand_as(batch["labels"])}
+            if text_positions is not None:
+                pieces = batch["input_ids"].gather(1, text_positions.clamp(min=0))
+                targets["piece"] = pieces.masked_fill(text_positions < 0, -100)
             for name, head in state_heads.items():
-                targets = emotion_numbers[:, None].expand_as(batch["labels"])
-                if name == "piece":
-                    targets = (
-                        batch["input_ids"].gather(1, text_positions.clamp(min=0)).masked_fill(text_positions < 0, -100)
-                    )
-                figure = head(output.last_hidden_state, batch["labels"], targets)
-                figures[f"{name}_cross_entropy_per_token"] = figure
-                loss = loss + getattr(arguments, f"{name}_loss_weight") * figure
+                state_loss = head(output.last_hidden_state, batch["labels"], targets[name])
+                figures[f"{name}_cross_entropy_per_token"] = state_loss
+                loss = loss + getattr(arguments, f"{name}_loss_weight") * state_loss
             run.check_loss(loss, ids)
             accelerator.backward(loss)
             if accelerator.sync_gradients:

@@ -221,14 +221,17 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
                 )
                 with gr.Accordion("Sampling", open=False), gr.Row():
                     settings = [
-                        gr.Slider(*bounds, value=usual[name], step=step, label=label, min_width=180)
-                        for name, label, bounds, step in (
+                        # A checkpoint's own setting is always within reach.
+                        gr.Slider(
+                            least, max(most, usual[name]), value=usual[name], step=step, label=label, min_width=180
+                        )
+                        for name, label, (least, most), step in (
                             ("temperature", "Temperature", (0.1, 2.0), 0.05),
                             ("top_p", "Top p", (0.05, 1.0), 0.05),
                             ("top_k", "Top k", (1, 200), 1),
                             ("num_beams", "Beams", (1, 5), 1),
                             ("text_guidance_scale", "Guidance by the text, for tokens", (1.0, 4.0), 0.1),
-                            ("num_candidates", "Candidates, of which the best is spoken", (1, 16), 1),
+                            ("num_candidates", "Candidates, of which the best is spoken", (1, 8), 1),
                             ("num_inference_steps", "Flow-matching steps", (1, 50), 1),
                             ("guidance_scale", "Guidance, for flow matching", (1.0, 4.0), 0.1),
                             ("segment_silence_s", "Pause between segments, in seconds", (0.0, 2.0), 0.05),
