@@ -94,7 +94,7 @@ def evaluate(run: Run, recognizer: nn.Module, dataset: TokenDataset) -> dict[str
         log_probs = recognizer.log_probs(batch["semantic_ids"], lengths)
         errors = torch.tensor(ctc_token_errors(log_probs, lengths, texts, text_lengths), device=texts.device)
         figures = {
-            "loss_per_text_token": -recognizer(**batch).mean(),
+            "loss_per_text_token": -recognizer.text_log_probs(log_probs, lengths, texts, text_lengths).mean(),
             "text_token_error_rate": (errors / text_lengths).mean(),
         }
         batches.append((figures, count))

@@ -403,17 +403,7 @@ class TextRecognizer(nn.Module):
             there are too few codes for it.
         """
         log_probs = self.log_probs(semantic_ids, num_semantic_tokens)
-        if log_probs.device.type == "mps":  # torch has no CTC there
-            log_probs = log_probs.cpu()
-        losses = F.ctc_loss(
-            log_probs.transpose(0, 1),
-            text_ids.to(log_probs.device),
-            num_semantic_tokens.to(log_probs.device),
-            num_text_tokens.to(log_probs.device),
-            blank=self.blank_id,
-            reduction="none",
-        )
-        return -losses.to(semantic_ids.device) / num_text_tokens.clamp(min=1)
+        return self.text_log_probs(log_probs, num_semantic_tokens, text_ids, num_text_tokens)
 
     def log_probs(self, semantic_ids: torch.LongTensor, num_semantic_tokens: torch.LongTensor) -> torch.Tensor:
         """
@@ -427,6 +417,26 @@ class TextRecognizer(nn.Module):
             seen = (norm(hidden_states) * mask).transpose(1, 2)
             hidden_states = hidden_states + F.glu(conv(seen), dim=1).transpose(1, 2)
         return self.head(hidden_states).float().log_softmax(dim=-1)
+
+    def text_log_probs(
+        self,
+        log_probs: torch.Tensor,
+        num_semantic_tokens: torch.LongTensor,
+        text_ids: torch.LongTensor,
+        num_text_tokens: torch.LongTensor,
+    ) -> torch.Tensor:
+        """What `forward` returns, from what `log_probs` does."""
+        if log_probs.device.type == "mps":  # torch has no CTC there
+            log_probs = log_probs.cpu()
+        losses = F.ctc_loss(
+            log_probs.transpose(0, 1),
+            text_ids.to(log_probs.device),
+            num_semantic_tokens.to(log_probs.device),
+            num_text_tokens.to(log_probs.device),
+            blank=self.blank_id,
+            reduction="none",
+        )
+        return -losses.to(num_text_tokens.device) / num_text_tokens.clamp(min=1)
 
 
 class SlotEmbedding(nn.Embedding):
