@@ -164,6 +164,26 @@ def test_the_loss_by_hand(tiny_features, s2m, codec, t2s):
     torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 
+@torch.no_grad()
+def test_the_level_loss_by_hand(tiny_features, tiny_checkpoint, codec):
+    from train_s2m import level_loss
+
+    s2m = load_s2m(tiny_checkpoint, mel_mean=-5.0, mel_std=2.5)
+    batch = make_batch(make_dataset(tiny_features))
+    inputs = make_model_inputs(batch, s2m, codec, None)
+    velocity = inputs["labels"] + torch.randn_like(inputs["labels"])
+    losses = []
+    for row, time in enumerate(batch["timestep"]):
+        place = slice(int(batch["num_prompt_frames"][row]), int(batch["mel_lengths"][row]))
+        mel = batch["mel"][row, place]
+        # Where the rest of the way is another one, so much of the difference arrives.
+        predicted = mel + 2.5 * (1 - time) * (velocity - inputs["labels"])[row, place]
+        power, predicted_power = mel.exp().square().sum(dim=1), predicted.exp().square().sum(dim=1)
+        losses.append((predicted_power / power).log().abs().mean())
+    torch.testing.assert_close(level_loss(s2m, inputs, velocity), torch.stack(losses).mean())
+    assert level_loss(s2m, inputs, inputs["labels"]) < 1e-5
+
+
 def test_the_velocity_to_learn_leads_from_the_noise_to_the_mel(tiny_features, s2m, codec):
     batch = make_batch(make_dataset(tiny_features))
     inputs = make_model_inputs(batch, s2m, codec, None)
@@ -516,6 +536,19 @@ def test_learning_one_utterance(tiny_checkpoint, tiny_features, tmp_path):
 # --- the program ---------------------------------------------------------------------------------------------------------
 
 
+def test_learning_levels(finished, options, tmp_path):
+    run_program("train_s2m", "--output", tmp_path / "run", *options, "--level_loss_weight", 0.5)
+    rows = read_log(tmp_path / "run", "train/")
+    for row in rows:
+        whole = row["train/velocity_l1_per_bin"] + 0.5 * row["train/level_l1_per_frame"]
+        assert row["train/loss"] == pytest.approx(whole)
+    # The first batch is that of a run without; the weights that it leaves are not.
+    velocities, of_other = (
+        [row["train/velocity_l1_per_bin"] for row in log] for log in (rows, read_log(finished[0], "train/"))
+    )
+    assert velocities[0] == pytest.approx(of_other[0]) and velocities[-1] != pytest.approx(of_other[-1])
+
+
 def test_as_a_program_of_its_own(finished, tiny_checkpoint):
     out, said = finished
     assert "108,280 trainable parameters" in said and "s of speech a step" in said
@@ -618,6 +651,8 @@ def test_a_clip_that_is_no_number(options, tiny_features, tmp_path):
         (["--max_frames", 10], "--max_frames is 10, but an utterance needs a second"),
         (["--timestep_shift", 0], "--timestep_shift is 0.0, but needs a number above 0"),
         (["--condition_dropout", 1.5], "--condition_dropout is 1.5, but a probability"),
+        (["--level_loss_weight", -0.1], "--level_loss_weight is -0.1, but needs a number of at least 0"),
+        (["--level_loss_weight", "nan"], "--level_loss_weight is nan, but needs a number of at least 0"),
         (["--t2s_hidden_states_probability", -1], "--t2s_hidden_states_probability is -1.0, but a probability"),
     ],
 )

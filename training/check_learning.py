@@ -54,6 +54,9 @@ RUNS = {
         *("--max_train_steps", 3500, "--batch_size", 16, "--learning_rate", 1e-3, "--eval_steps", 500),
         *("--free_length_probability", 0.1, "--length_jitter", 2),
     ],
+    "text_recognizer": [
+        *("--max_train_steps", 500, "--batch_size", 16, "--learning_rate", 2e-3, "--eval_steps", 100, "--size", 64),
+    ],
     "s2m": ["--max_train_steps", 1200, "--batch_size", 8, "--learning_rate", 1e-3, "--eval_steps", 500],
     "vocoder": [
         *("--max_train_steps", 4000, "--batch_size", 4, "--learning_rate", 1e-3, "--eval_steps", 250),
@@ -265,6 +268,16 @@ def check_emotion(work: Path) -> dict[str, Any]:
     return figures
 
 
+def check_text_recognizer(work: Path) -> dict[str, Any]:
+    prepare(work, "features", "clips", "semantic_codec", SPEEDS)
+    minutes = train(work, "train_text_recognizer", "text_recognizer", "semantic_codec", "features")
+    best = min(evaluations(work / "text_recognizer"), key=lambda row: row["eval/loss_per_text_token"])
+    return {
+        "text tokens read wrongly from the semantic tokens, % (wanted: 5)": 100 * best["eval/text_token_error_rate"],
+        "minutes": minutes,
+    }
+
+
 def check_s2m(work: Path) -> dict[str, Any]:
     """Mels generated from the true tokens, as the program's own evaluation makes them: with a random part as the prompt."""
     prepare(work, "features_codec", "clips", "t2s", (1.0,))
@@ -399,6 +412,7 @@ STAGES = {
     "t2s": check_t2s,
     "t2s_lengths": check_t2s_lengths,
     "emotion": check_emotion,
+    "text_recognizer": check_text_recognizer,
     "s2m": check_s2m,
     "vocoder": check_vocoder,
     "vocoder_with_source": check_vocoder_with_source,
