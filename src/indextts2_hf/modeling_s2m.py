@@ -112,9 +112,9 @@ def apply_rotary(states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(states.dtype)
 
 
-def velocity_loss(velocity: torch.Tensor, labels: torch.Tensor, loss_mask: torch.BoolTensor | None) -> torch.Tensor:
+def frame_l1_loss(predicted: torch.Tensor, labels: torch.Tensor, loss_mask: torch.BoolTensor | None) -> torch.Tensor:
     """L1 distance in float32, averaged over the frames to count of each row, then over the rows."""
-    distance = (velocity.float() - labels.float()).abs().mean(dim=-1)
+    distance = (predicted.float() - labels.float()).abs().mean(dim=-1)
     if loss_mask is None:
         return distance.mean()
     num_counted = loss_mask.sum(dim=1).clamp(min=1)
@@ -607,7 +607,7 @@ class IndexTTS2SemanticToMelTransformer(ModelMixin, ConfigMixin):
 
         loss = None
         if labels is not None:
-            loss = velocity_loss(velocity, labels, frame_mask if loss_mask is None else loss_mask)
+            loss = frame_l1_loss(velocity, labels, frame_mask if loss_mask is None else loss_mask)
 
         output = IndexTTS2SemanticToMelOutput(loss=loss, velocity=velocity)
         return output if return_dict else output.to_tuple()
