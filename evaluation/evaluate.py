@@ -279,7 +279,7 @@ class Measures:
     def score(self, waveform: np.ndarray, sampling_rate: int, text: str, language: str) -> dict[str, Any]:
         """Figures of one waveform that need no other."""
         waveform = metrics.resample(waveform, sampling_rate)
-        figures: dict[str, Any] = {}
+        figures: dict[str, Any] = metrics.edges(waveform)
         if "words" in self.names:
             heard = self.recognize(waveform, language)
             figures["heard"] = heard
@@ -354,6 +354,9 @@ def summarize(rows: list[dict[str, Any]], neutral: dict[str, dict[str, Any]]) ->
         figures["DNSMOS"] = mean(rows, lambda row: row["dnsmos"])
     if "num_tokens" in rows[0]:
         figures["not ended, %"] = 100 * mean(rows, lambda row: float(not row["has_ended"]))
+    if "is_cut_off" in rows[0]:
+        figures["cut off at the end, %"] = 100 * mean(rows, lambda row: float(row["is_cut_off"]))
+        figures["silence before speech, s"] = mean(rows, lambda row: row["silence_before_s"])
     if "asked_tokens" in rows[0]:
         figures["token error, %"] = 100 * mean(
             rows, lambda row: abs(row["num_tokens"] - row["asked_tokens"]) / row["asked_tokens"]

@@ -1,5 +1,5 @@
 """
-What `evaluate.py` measures, each on one utterance: words, voice, prosody, sound. No model of ours is known here.
+What `evaluate.py` measures, each on one utterance: words, voice, edges, prosody, sound. No model of ours is known here.
 
 Every measure has a name that goes into the report, because figures of different recognisers or encoders are not comparable.
 Weights are those at hand: folders that are given, or packages that bring theirs; nothing is downloaded.
@@ -14,6 +14,7 @@ import tempfile
 import types
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import jiwer
 import numpy as np
@@ -166,6 +167,24 @@ class ResemblyzerSimilarity:
         # Quiet ends are cut; of near-silence nothing would be left.
         cut = preprocess_wav(np.float32(waveform), source_sr=SAMPLING_RATE)
         return self.model.embed_utterance(cut if len(cut) > SAMPLING_RATE // 2 else np.float32(waveform))
+
+
+# --- edges ---------------------------------------------------------------------------------------------------------------
+
+
+def edges(waveform: np.ndarray) -> dict[str, Any]:
+    """
+    How an utterance begins and ends: seconds before its first frame of 10 ms that is within 35 dB of its loud frames, and
+    whether it is cut off, its last 20 ms being within 20 dB of them. Loud is the 95th percentile of the frames.
+    """
+    length = SAMPLING_RATE // 100
+    frames = waveform[: len(waveform) // length * length].reshape(-1, length)
+    levels = 10 * np.log10(np.square(frames).mean(axis=1) + 1e-12)
+    levels -= np.percentile(levels, 95)
+    return {
+        "silence_before_s": float(np.argmax(levels > -35.0) * length / SAMPLING_RATE),
+        "is_cut_off": bool(levels[-2:].max() > -20.0),
+    }
 
 
 # --- prosody -------------------------------------------------------------------------------------------------------------

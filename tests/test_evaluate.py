@@ -77,6 +77,18 @@ def test_prosody_of_tones(metrics):
     assert high["tilt_db"] > flat["tilt_db"] + 3
 
 
+def test_how_an_utterance_begins_and_ends(metrics):
+    speech = 0.3 * np.sin(2 * np.pi * 200 * np.arange(16000) / 16000)
+    before, after = np.zeros(8000), np.zeros(1600)
+    whole = metrics.edges(np.concatenate([before, speech, after]))
+    cut = metrics.edges(np.concatenate([before, speech]))
+    assert whole == {"silence_before_s": pytest.approx(0.5, abs=0.011), "is_cut_off": False}
+    assert cut == {"silence_before_s": pytest.approx(0.5, abs=0.011), "is_cut_off": True}
+    # A soft end is no cut.
+    faded = np.concatenate([speech, speech[:1600] * np.linspace(1, 0, 1600) ** 2])
+    assert metrics.edges(faded) == {"silence_before_s": 0.0, "is_cut_off": False}
+
+
 def test_lists(evaluate, tmp_path):
     soundfile.write(tmp_path / "prompt.wav", np.zeros(16000), 16000)
     path = tmp_path / "meta.lst"
@@ -112,6 +124,7 @@ def test_conditions(evaluate):
 
 def test_the_report(evaluate, tmp_path):
     base = {"text": "a b", "prompt": "anna", "seconds": 1.1, "num_tokens": 50, "has_ended": True}
+    base |= {"silence_before_s": 0.25, "is_cut_off": False}
     prosody = {
         "pitch_semitones": 10.0,
         "pitch_range_semitones": 5.0,
@@ -121,7 +134,7 @@ def test_the_report(evaluate, tmp_path):
     }
     rows = [
         {"condition": "free", "name": "1", "word_errors": 0, "words": 2, **base, **prosody},
-        {"condition": "free", "name": "2", "word_errors": 4, "words": 8, **base, **prosody, "has_ended": False},
+        {"condition": "free", "name": "2", "word_errors": 4, "words": 8, **base, **prosody, "has_ended": False, "is_cut_off": True},
         {
             "condition": "emotion-sad",
             "name": "1",
@@ -147,7 +160,8 @@ def test_the_report(evaluate, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert results["free"]["WER, mean over utterances, %"] == pytest.approx(25)
     assert results["free"]["WER, all words, %"] == pytest.approx(40)
-    assert results["free"]["not ended, %"] == 50
+    assert results["free"]["not ended, %"] == results["free"]["cut off at the end, %"] == 50
+    assert results["free"]["silence before speech, s"] == 0.25
     assert results["length-0.8"]["token error, %"] == pytest.approx(25)
     assert results["length-0.8"]["length error, s"] == pytest.approx(0.1)
     assert "change of tilt_db" not in results["emotion-angry"]
