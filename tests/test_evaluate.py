@@ -134,7 +134,16 @@ def test_the_report(evaluate, tmp_path):
     }
     rows = [
         {"condition": "free", "name": "1", "word_errors": 0, "words": 2, **base, **prosody},
-        {"condition": "free", "name": "2", "word_errors": 4, "words": 8, **base, **prosody, "has_ended": False, "is_cut_off": True},
+        {
+            "condition": "free",
+            "name": "2",
+            "word_errors": 4,
+            "words": 8,
+            **base,
+            **prosody,
+            "has_ended": False,
+            "is_cut_off": True,
+        },
         {
             "condition": "emotion-sad",
             "name": "1",

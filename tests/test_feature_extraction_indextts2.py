@@ -86,7 +86,7 @@ def test_one_file_object_for_both_clips(extractor, tmp_path):
     path = tmp_path / "clip.wav"
     soundfile.write(path, tone(0.5), 22050)
     with path.open("rb") as file:
-        assert_equal_features(extractor(file, file), extractor(path))
+        assert_equal_features(extractor(file, file), extractor(path, path))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint8", "float16", "float32", "float64"])
@@ -287,7 +287,7 @@ def test_stock_extractor_is_our_fbank_on_16_bit_scale(extractor):
     fbank = kaldi_fbank(waveform * 32768)
     fbank = (fbank - fbank.mean(0)) / torch.sqrt(fbank.var(0) + 1e-7)
     assert len(fbank) == 98
-    features = extractor((waveform, 16000))["emotion_input_features"]
+    features = extractor(emotion_audio=(waveform, 16000))["emotion_input_features"]
     torch.testing.assert_close(features[0].reshape(98, 80), fbank, atol=1e-3, rtol=0)
 
 
@@ -295,12 +295,14 @@ def test_stock_extractor_is_our_fbank_on_16_bit_scale(extractor):
 
 
 def test_shapes_and_dtypes(extractor):
-    features = extractor((tone(1.0), 22050))
+    features = extractor((tone(1.0), 22050), (tone(0.5), 22050))
     assert list(features) == [
         "speaker_input_features",
         "speaker_attention_mask",
         "prompt_mel",
         "speaker_fbank",
+        "speaker_emotion_input_features",
+        "speaker_emotion_attention_mask",
         "emotion_input_features",
         "emotion_attention_mask",
     ]
@@ -311,8 +313,10 @@ def test_shapes_and_dtypes(extractor):
         "speaker_attention_mask": (1, 49),
         "prompt_mel": (1, 86, 80),
         "speaker_fbank": (1, 98, 80),
-        "emotion_input_features": (1, 49, 160),
-        "emotion_attention_mask": (1, 49),
+        "speaker_emotion_input_features": (1, 49, 160),
+        "speaker_emotion_attention_mask": (1, 49),
+        "emotion_input_features": (1, 24, 160),
+        "emotion_attention_mask": (1, 24),
     }
     for key, value in features.items():
         assert value.dtype == (torch.int64 if key.endswith("mask") else torch.float32)
@@ -323,12 +327,14 @@ def test_emotion_is_read_straight_and_alone(extractor):
     clip = (tone(1.0, 24000), 24000)
     alone = extractor(emotion_audio=clip)
     assert set(alone) == {"emotion_input_features", "emotion_attention_mask"}
-    both = extractor(clip)
-    assert torch.equal(both["emotion_input_features"], alone["emotion_input_features"])
-    assert not torch.equal(both["speaker_input_features"], both["emotion_input_features"])
+    voice = extractor(clip)
+    assert not any(name.startswith("emotion") for name in voice)
+    assert torch.equal(voice["speaker_emotion_input_features"], alone["emotion_input_features"])
+    assert not torch.equal(voice["speaker_input_features"], voice["speaker_emotion_input_features"])
+    # A reference stands beside the voice's own emotion and does not replace it.
     other = extractor(clip, (tone(0.5), 22050))
     assert other["emotion_input_features"].shape == (1, 24, 160)
-    assert torch.equal(other["speaker_input_features"], both["speaker_input_features"])
+    assert all(torch.equal(other[name], tensor) for name, tensor in voice.items())
 
 
 @pytest.mark.parametrize("sampling_rate", [16000, 24000])
@@ -345,8 +351,8 @@ def test_at_one_rate_both_paths_are_one(monkeypatch, sampling_rate):
     both = extractor(clip)
     assert calls == ["speaker"]
     for name in ("input_features", "attention_mask"):
-        assert torch.equal(both[f"emotion_{name}"], alone[f"emotion_{name}"])
-        assert torch.equal(both[f"emotion_{name}"], both[f"speaker_{name}"])
+        assert torch.equal(both[f"speaker_emotion_{name}"], alone[f"emotion_{name}"])
+        assert torch.equal(both[f"speaker_emotion_{name}"], both[f"speaker_{name}"])
 
 
 def test_odd_number_of_frames_masks_the_half_frame(extractor):
@@ -387,7 +393,8 @@ def test_ten_minutes_are_cut_exactly_and_quickly(extractor, tmp_path, warnings):
     fbank = kaldi_fbank(resample_sinc(whole, 22050, 16000))
     assert torch.equal((fbank - fbank.mean(dim=0))[None], features["speaker_fbank"])
     straight = resample_soxr(waveform, sampling_rate, 16000)[:240000]
-    assert torch.equal(extractor((straight, 16000))["emotion_input_features"], features["emotion_input_features"])
+    expected = extractor(emotion_audio=(straight, 16000))["emotion_input_features"]
+    assert torch.equal(features["speaker_emotion_input_features"], expected)
     assert len(warnings) == 1
 
 
@@ -469,7 +476,7 @@ def test_another_nested_extractor():
     extractor = IndexTTS2FeatureExtractor(
         semantic_feature_extractor={"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 16000}
     )
-    features = extractor((tone(0.5, 16000), 16000))
+    features = extractor(emotion_audio=(tone(0.5, 16000), 16000))
     assert features["emotion_input_features"].shape == features["emotion_attention_mask"].shape == (1, 8000)
     assert IndexTTS2FeatureExtractor.from_dict(extractor.to_dict()).to_dict() == extractor.to_dict()
 

@@ -21,6 +21,7 @@ from indextts2_hf import (
     IndexTTS2FlowMatchScheduler,
     IndexTTS2ForTextToWaveform,
     IndexTTS2GenerationConfig,
+    IndexTTS2Processor,
     IndexTTS2Segment,
     IndexTTS2SemanticCodec,
     IndexTTS2SpeakerEncoder,
@@ -401,6 +402,50 @@ def test_recordings_of_the_processor_may_stand_for_values(tiny_model, tiny_voice
     inputs = tiny_model.feature_extractor(emotion_audio=(make_speech(0.9, pitch_hz=300.0, seed=2), SAMPLING_RATE))
     expected = speak(tiny_model, [HELLO], voice=tiny_voice, emotion_features=emotion, seed=0, **GREEDY).audio
     assert_same(speak(tiny_model, [HELLO], voice=tiny_voice, seed=0, **inputs, **GREEDY).audio, expected)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
+def test_strength_acts_on_recordings_of_the_processor(tiny_model, tokenizer, tiny_voice, emotion, speech, strength):
+    """Both recordings through the processor: the reference is told apart from the voice's own emotion."""
+    processor = IndexTTS2Processor(tiny_model.feature_extractor, tokenizer)
+    clips = {"speaker_audio": (speech, SAMPLING_RATE)}
+    clips["emotion_audio"] = (make_speech(0.9, pitch_hz=300.0, seed=2), SAMPLING_RATE)
+    inputs = processor("Hello.", **clips)
+    settings = {"emotion_strength": strength, "seed": 0, **GREEDY}
+    found = tiny_model.generate(**inputs, **settings).audio
+    text = processor("Hello.")
+    expected = tiny_model.generate(**text, voice=tiny_voice, emotion_features=emotion, **settings).audio
+    assert_same(found, expected)
+
+
+def test_default_emotion(tiny_voice, other_voice, emotion, speech):
+    """A recording without an emotion of its own speaks with that of the voice which the checkpoint names."""
+    model = make_tiny_model()
+    own = model.encode_voice((speech, SAMPLING_RATE))
+    model.voices = {"anna": other_voice}
+    model.config.default_emotion = "anna"
+    voice = model.encode_voice((speech, SAMPLING_RATE))
+    assert torch.equal(voice.emotion_features, other_voice.emotion_features)
+    for name in own.tensors().keys() - {"emotion_features"}:
+        assert torch.equal(voice.tensors()[name], own.tensors()[name])
+    # The processor's tensors of a recording are the same voice.
+    inputs = model.feature_extractor(speaker_audio=(speech, SAMPLING_RATE))
+    expected = speak(model, [HELLO], voice=voice, seed=0, **GREEDY).audio
+    assert_same(speak(model, [HELLO], seed=0, **inputs, **GREEDY).audio, expected)
+    # What is asked for goes first; a strength of 0 leaves the emotion that the voice speaks with.
+    with torch.no_grad():
+        default, reference = (model.t2s.encode_emotion(item[None]) for item in (other_voice.emotion_features, emotion))
+        assert torch.equal(conditions(model, [voice])[1], default)
+        assert torch.equal(conditions(model, [voice], emotion, strength=1.0)[1], reference)
+        assert torch.equal(conditions(model, [voice], emotion, strength=0.0)[1], default)
+    # A voice of the checkpoint keeps its own.
+    assert model.get_voice("anna") is other_voice
+
+    model.config.default_emotion = "bert"
+    with pytest.raises(
+        ValueError, match=r"`config.default_emotion` is 'bert', but this checkpoint has the voices \['anna'\]"
+    ):
+        model.encode_voice((speech, SAMPLING_RATE))
 
 
 # --- voices ------------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_a_long_recording_is_cut_and_that_is_said_once(processor, caplog):
         inputs = processor("Hello.", speaker_audio=recording)
     assert [record.message.split(":")[0] for record in caplog.records] == ["`speaker_audio` is 17.0 s long"]
     assert inputs["prompt_mel"].shape[1] == 15 * SAMPLING_RATE // 256
-    assert inputs["speaker_input_features"].shape[1] == inputs["emotion_input_features"].shape[1] == 749
+    assert inputs["speaker_input_features"].shape[1] == inputs["speaker_emotion_input_features"].shape[1] == 749
 
 
 # --- emotions ----------------------------------------------------------------------------------------------------------

@@ -226,12 +226,17 @@ class IndexTTS2Config(PreTrainedConfig):
             Sampling rate of the generated speech, in Hz.
         default_voice (`str`, *optional*):
             Name of the voice in the checkpoint's `voices` folder that speaks when no voice is given.
+        default_emotion (`str`, *optional*):
+            Name of the voice in that folder whose emotion a voice from a recording speaks with where no other is asked for.
+            By default it is the recording's own, as in the released checkpoint. A small model follows the manner of a
+            recording that it has not learnt from at the price of words.
     """
 
     model_type = "indextts2"
 
     sampling_rate: int = 22050
     default_voice: str | None = None
+    default_emotion: str | None = None
 
     def __post_init__(self, **kwargs):
         check_keys(self, list(kwargs))

@@ -467,6 +467,8 @@ class IndexTTS2FeatureExtractor(FeatureExtractionMixin):
         "speaker_attention_mask",
         "prompt_mel",
         "speaker_fbank",
+        "speaker_emotion_input_features",
+        "speaker_emotion_attention_mask",
         "emotion_input_features",
         "emotion_attention_mask",
     ]
@@ -532,9 +534,7 @@ class IndexTTS2FeatureExtractor(FeatureExtractionMixin):
             speaker_audio (`AudioInput`, *optional*):
                 The voice, in any form that `load_audio` takes.
             emotion_audio (`AudioInput`, *optional*):
-                The feeling. By default `speaker_audio`, read the way an emotion clip is read: straight to 16 kHz, while
-                the speaker path comes there through `sampling_rate`, 22.05 kHz. The two differ a little and both are
-                needed; where that is 16 kHz too they are the same, and made once.
+                A recording whose emotion is taken instead of the voice's own.
             return_tensors (`str`, *optional*, defaults to `"pt"`):
                 `"pt"` or `"np"`.
 
@@ -544,8 +544,11 @@ class IndexTTS2FeatureExtractor(FeatureExtractionMixin):
             which the last frame is masked when half of it is padding;
             `prompt_mel` `(1, num_mel_frames, num_mel_bins)`;
             `speaker_fbank` `(1, num_fbank_frames, 80)`, at 100 Hz, without its time mean;
-            and always `emotion_input_features` with `emotion_attention_mask`, shaped as the speaker's. Float32, masks
-            int64.
+            `speaker_emotion_input_features` and `speaker_emotion_attention_mask`, the voice's own emotion: the same recording
+            read the way an emotion recording is, straight to 16 kHz, while the speaker path comes there through
+            `sampling_rate`, 22.05 kHz. The two differ a little and both are needed; where that is 16 kHz too they are the
+            same, and made once. For `emotion_audio` `emotion_input_features` with `emotion_attention_mask`, shaped as the
+            speaker's. Float32, masks int64.
 
         Raises:
             `ValueError`: no audio, or a clip that is too short or silent; and all that `load_audio` raises.
@@ -570,13 +573,15 @@ class IndexTTS2FeatureExtractor(FeatureExtractionMixin):
                 mel_fmax=self.mel_fmax,
             )
             features["speaker_fbank"] = (fbank - fbank.mean(dim=0))[None]
-        if emotion_audio is None and self.sampling_rate == self.semantic_sampling_rate:
-            # Both ways are the same one.
-            for name in ("input_features", "attention_mask"):
-                features[f"emotion_{name}"] = features[f"speaker_{name}"]
-        else:
-            if emotion_audio is not None:
-                clip = self._load_clip("emotion_audio", emotion_audio)
+            if self.sampling_rate == self.semantic_sampling_rate:
+                # Both ways are the same one.
+                for name in ("input_features", "attention_mask"):
+                    features[f"speaker_emotion_{name}"] = features[f"speaker_{name}"]
+            else:
+                waveform = self._resample_clip(*clip, self.semantic_sampling_rate)
+                features |= self._semantic_input("speaker_emotion", waveform)
+        if emotion_audio is not None:
+            clip = self._load_clip("emotion_audio", emotion_audio)
             features |= self._semantic_input("emotion", self._resample_clip(*clip, self.semantic_sampling_rate))
         return BatchFeature(features, tensor_type=return_tensors)
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,14 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # What the feature extractor makes of recordings; the processor passes it on.
-VOICE_INPUT_NAMES = ("speaker_input_features", "speaker_attention_mask", "prompt_mel", "speaker_fbank")
+VOICE_INPUT_NAMES = (
+    "speaker_input_features",
+    "speaker_attention_mask",
+    "prompt_mel",
+    "speaker_fbank",
+    "speaker_emotion_input_features",
+    "speaker_emotion_attention_mask",
+)
 EMOTION_INPUT_NAMES = ("emotion_input_features", "emotion_attention_mask")
 
 # The parts that have weights, each in a folder of its own.
@@ -480,8 +487,23 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             voice.save(os.path.join(save_directory, "voices", f"{name}.safetensors"))
 
     def encode_voice(self, speaker_audio: Any) -> "VoicePrompt":
-        """A voice from a recording; see [`IndexTTS2SemanticToMelPipeline.encode_voice`]."""
-        return self.semantic_to_mel.encode_voice(speaker_audio)
+        """
+        A voice from a recording; see [`IndexTTS2SemanticToMelPipeline.encode_voice`]. In a checkpoint with a
+        `default_emotion` it speaks with that one: give the recording as `emotion_audio` too where its own is wanted.
+
+        Raises:
+            ValueError: the recording cannot be used, or the checkpoint lacks the voice that `config.default_emotion` names.
+        """
+        voice = self.semantic_to_mel.encode_voice(speaker_audio)
+        name = self.config.default_emotion
+        if name is None:
+            return voice
+        if name not in self.voices:
+            raise ValueError(
+                f"`config.default_emotion` is {name!r}, but this checkpoint has the voices {sorted(self.voices)}. Set it to "
+                "one of these, or to `None` for the emotion of the recording itself."
+            )
+        return replace(voice, emotion_features=self.voices[name].emotion_features.to(voice.emotion_features))
 
     def encode_emotion(self, emotion_audio: Any) -> torch.Tensor:
         """Emotion features of a recording; see [`IndexTTS2SemanticToMelPipeline.encode_emotion`]."""
@@ -630,8 +652,8 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         semantic_to_mel.scheduler = copy.deepcopy(self.scheduler if noise_scheduler is None else noise_scheduler)
 
         if "speaker_input_features" in voice_inputs:
-            voice = semantic_to_mel.encode_voice(voice_inputs)
-        elif "emotion_input_features" in voice_inputs:
+            voice = self.encode_voice(voice_inputs)
+        if "emotion_input_features" in voice_inputs:
             emotion_features = semantic_to_mel.encode_emotion(voice_inputs)
         voices = [self.get_voice(given) for given in _one_for_each("voice", voice, num_texts)]
         fingerprint = semantic_to_mel.fingerprint
@@ -849,7 +871,12 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             ],
         )
         if any(has_reference):
-            base_embeds = encode(self.t2s.encode_emotion, [voice.speaker_features for voice in voices])
+            # Parity: the emotion that strength 0 leaves is read the speaker's way.
+            is_own = self.config.default_emotion is None
+            base_embeds = encode(
+                self.t2s.encode_emotion,
+                [voice.speaker_features if is_own else voice.emotion_features for voice in voices],
+            )
             strength = torch.tensor([float(value) for value in emotion_strength], device=device, dtype=dtype)[:, None]
             strength = strength.masked_fill(~torch.tensor(has_reference, device=device)[:, None], 1.0)
             mixed = self.t2s.mix_emotion(base_embeds, emotion_embeds, strength)

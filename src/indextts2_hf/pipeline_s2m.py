@@ -53,7 +53,8 @@ class VoicePrompt:
         speaker_features (`torch.Tensor` of shape `(num_frames, feature_size)`):
             Semantic features of the recording, read at 22.05 kHz and resampled: what the voice sounds like.
         emotion_features (`torch.Tensor` of shape `(num_emotion_frames, feature_size)`):
-            Semantic features of the same recording, read at 16 kHz directly: its own emotion.
+            Semantic features of a recording, read at 16 kHz directly: the emotion that the voice speaks with where no other
+            is asked for. It is the same recording, unless another was given for it or the checkpoint has a `default_emotion`.
         speaker_embeds (`torch.Tensor` of shape `(speaker_embed_dim,)`):
             Global voice vector.
         prompt_mel (`torch.Tensor` of shape `(num_prompt_frames, num_mel_bins)`):
@@ -400,7 +401,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
 
         Args:
             emotion_audio (path, bytes, `(array, rate)`, audio `dict`, or the feature extractor's output for one):
-                The recording; its first 15 s are used.
+                The recording; its first `feature_extractor.max_audio_s` seconds are used, 15 in the released checkpoint.
 
         Returns:
             `torch.Tensor` of shape `(num_frames, feature_size)`: `emotion_features`.
@@ -417,7 +418,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
 
         Args:
             speaker_audio (path, bytes, `(array, rate)`, audio `dict`, or the feature extractor's output for one):
-                The recording; its first 15 s are used.
+                The recording; its first `feature_extractor.max_audio_s` seconds are used, 15 in the released checkpoint.
 
         Returns:
             [`VoicePrompt`]
@@ -427,7 +428,9 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
             inputs = self.feature_extractor(speaker_audio=speaker_audio)
         device, dtype = self._execution_device, self.s2m.dtype
         speaker_features = self.encode_features(inputs["speaker_input_features"], inputs.get("speaker_attention_mask"))
-        emotion_features = self.encode_emotion(inputs)
+        emotion_features = self.encode_features(
+            inputs["speaker_emotion_input_features"], inputs.get("speaker_emotion_attention_mask")
+        )
         speaker_embeds = self.speaker_encoder(
             inputs["speaker_fbank"].to(device, self.speaker_encoder.dtype)
         ).speaker_embeds

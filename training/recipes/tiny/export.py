@@ -71,12 +71,13 @@ def main() -> None:
     (folder / "voices").mkdir()
     for reference in references:
         path = arguments.references / reference["file_name"]
-        model.encode_voice(path).save(folder / "voices" / f"{path.stem}.safetensors")
+        model.semantic_to_mel.encode_voice(path).save(folder / "voices" / f"{path.stem}.safetensors")
         if reference.get("shipped") == "yes":
             (folder / "references").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "references" / path.name)
     config = IndexTTS2Config.from_pretrained(folder)
-    config.default_voice = arguments.default_voice
+    # With the manner of a recording that they have not learnt from, small networks lose words.
+    config.default_voice = config.default_emotion = arguments.default_voice
     config.save_pretrained(folder)
     for path in folder.rglob("config.json"):
         settings = json.loads(path.read_text(encoding="utf-8"))
