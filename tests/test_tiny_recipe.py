@@ -233,11 +233,37 @@ def test_lists_and_picture(monkeypatch, tmp_path):
             for number, reader in enumerate(readers):
                 shutil.copy(test / "000.flac", tmp_path / split / f"{number}.flac")
                 table.writerow([f"{number}.flac", "Read.", reader, "de" if reader == "ls3" else "en"])
-    make_test_lists.make_readers_list(sentences[7:], tmp_path, test)
+    assert make_test_lists.make_readers_list(sentences[7:], tmp_path, test) == sentences[13:]
     assert (test / "readers.lst").read_text().splitlines() == [
         f"ls2-{place}|Read.|ls2.flac|{sentences[7 + place]}" for place in range(6)
     ]
     assert (test / "ls2.flac").is_file()
+
+    kinds = {
+        "validation": [("emodb", ("angry", "sad", "sad", "angry", "angry", "fear", "sad"))],
+        "train": [("commands", ("neutral",) * 3), ("ljspeech", ("neutral",))],
+    }
+    for split, folders in kinds.items():
+        with open(tmp_path / split / "metadata.csv", "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file_name", "text", "emotion"])
+            for folder, emotions in folders:
+                (tmp_path / split / folder).mkdir()
+                for number, emotion in enumerate(emotions):
+                    shutil.copy(test / "000.flac", tmp_path / split / folder / f"{number}.flac")
+                    table.writerow([f"{folder}/{number}.flac", f"{emotion}.", emotion])
+    monkeypatch.setattr(make_test_lists, "NUM_RECORDINGS", 5)
+    make_test_lists.make_recordings_list(sentences[10:], tmp_path, test)
+    chosen = (test / "recordings.lst").read_text()
+    recordings = [line.split("|") for line in chosen.splitlines()]
+    # Five of seven, of each emotion as many as there are; all of three.
+    assert Counter(text for _, text, _, _ in recordings) == {"angry.": 2, "sad.": 2, "fear.": 1, "neutral.": 3}
+    assert [name.split("-")[0] for name, _, _, _ in recordings] == ["emodb"] * 5 + ["commands"] * 3
+    assert len({name for name, _, _, _ in recordings}) == 8
+    assert all(prompt == f"{name}.flac" and (test / prompt).is_file() for name, _, prompt, _ in recordings)
+    assert [sentence for _, _, _, sentence in recordings] == sentences[10:18]
+    make_test_lists.make_recordings_list(sentences[10:], tmp_path, test)
+    assert (test / "recordings.lst").read_text() == chosen
 
     report = tmp_path / "report"
     (report / "audio" / "free").mkdir(parents=True)
