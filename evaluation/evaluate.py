@@ -172,10 +172,18 @@ class Speaker:
         pipe (`IndexTTS2TextToAudioPipeline`): the checkpoint or adapter.
         seed (`int`): of the first utterance; each one has its own, the same in every condition.
         settings (`dict`): generation settings and arguments of the pipeline.
+        max_text_tokens (`int`, *optional*): most text tokens in a segment; by default the checkpoint's own.
     """
 
-    def __init__(self, pipe: IndexTTS2TextToAudioPipeline, seed: int, settings: dict[str, Any]):
+    def __init__(
+        self,
+        pipe: IndexTTS2TextToAudioPipeline,
+        seed: int,
+        settings: dict[str, Any],
+        max_text_tokens: int | None = None,
+    ):
         self.pipe = pipe
+        self.max_text_tokens = max_text_tokens
         self.model = pipe.model
         self.seed = seed
         self.settings = settings
@@ -202,7 +210,11 @@ class Speaker:
             rows = zip(texts, voices, seeds, counts, strict=True)
             return [self.say_by_parts(condition, *row) for row in rows]
         emotion = condition.removeprefix("emotion-")
-        inputs = self.pipe.processor(text=texts, emotion_weights={emotion: 1.0} if emotion != condition else None)
+        inputs = self.pipe.processor(
+            text=texts,
+            emotion_weights={emotion: 1.0} if emotion != condition else None,
+            max_text_tokens=self.max_text_tokens,
+        )
         output = self.model.generate(
             **inputs.to(self.model.device),
             voice=voices,
@@ -429,6 +441,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--speaker_model", metavar="FOLDER", help="WavLM x-vector model (default: Resemblyzer)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances said at once (default: %(default)s)")
+    parser.add_argument(
+        "--max_text_tokens", type=int, metavar="N", help="most text tokens in a segment (default: the checkpoint's own)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser.parse_args()
 
@@ -436,7 +451,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     pipe = IndexTTS2TextToAudioPipeline.from_pretrained(arguments.model, device=arguments.device)
-    speaker = Speaker(pipe, arguments.seed, {})
+    speaker = Speaker(pipe, arguments.seed, {}, arguments.max_text_tokens)
     if arguments.list is not None:
         utterances = read_list(arguments.list, set(pipe.model.voices))
     else:
@@ -466,6 +481,7 @@ def main() -> None:
         "model": arguments.model,
         "data": Path(arguments.list or arguments.data).name,
         "seed": arguments.seed,
+        "max_text_tokens": arguments.max_text_tokens or pipe.processor.max_text_tokens,
         "measured by": {name: tool.name for name, tool in measures.tools.items()},
         "utterances": [asdict(utterance) for utterance in utterances],
     }

@@ -256,6 +256,7 @@ class TestSpeak:
         assert sum(segment["num_semantic_tokens"] for segment in segments) == described["num_semantic_tokens"] == 70
         pause = int(0.2 * sampling_rate)
         assert sum(segment["num_samples"] for segment in segments) + pause * (len(segments) - 1) == len(samples)
+        assert all(segment["duration"] is None for segment in segments)
         first = segments[0]["num_samples"]
         assert not samples[first : first + pause].any()
         seconds = described["seconds"]
@@ -410,7 +411,7 @@ class TestSpeak:
             ([HELLO, "--emotion-text", "so happy"], "There is no emotion language model"),
             (
                 [HELLO, "--duration-s", "3000"],
-                f"`duration_s` is 3000.0 but this checkpoint speaks at most {MOST_SECONDS:.1f} s",
+                "`duration_s` is 3000.0 but this text of 5 tokens in 1 segment(s) can be spoken in at most 2.0 s",
             ),
             ([HELLO, "--duration-s", "0.01"], "needs at least"),
             ([HELLO, "--num-semantic-tokens", MOST_TOKENS + 1], f"positions for at most {MOST_TOKENS}"),

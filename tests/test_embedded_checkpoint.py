@@ -114,6 +114,34 @@ def test_emotion_weights_are_heard(pipe):
     assert not np.array_equal(plain, happy) and not np.array_equal(happy, sad)
 
 
+def test_a_slot_that_is_much_too_long_is_padded(pipe):
+    """The speech is twice as long as by nature at most, and silence follows it."""
+    settings = {"seed": 1, "num_candidates": 1, "num_inference_steps": 2}
+    [output] = pipe.stream("Hello there.", duration_s=20.0, **settings)
+    natural_s = output.duration.natural_s
+    assert 0.5 < natural_s < 1.5 and output.duration.padding_s == pytest.approx(20 - 2 * natural_s, abs=0.02)
+    assert len(output.audio) == 20 * pipe.model.config.sampling_rate
+    assert not output.audio[-round(output.duration.padding_s * pipe.model.config.sampling_rate) :].any()
+
+
+def test_a_slot_that_is_too_short_is_refused_with_the_shortest(pipe):
+    text = "Nine words cannot be said in half a second."
+    with pytest.raises(
+        ValueError, match=r"`duration_s` is 0.5 but this text of .* needs at least (\d\.\d\d) s"
+    ) as error:
+        pipe(text, duration_s=0.5)
+    shortest_s = float(re.search(r"at least (\S+) s", str(error.value))[1]) + 0.01
+    audio = pipe(text, duration_s=shortest_s, seed=1, num_candidates=1, num_inference_steps=2)["audio"]
+    assert len(audio) == round(shortest_s * pipe.model.config.sampling_rate)
+
+
+def test_a_recording_speaks_with_the_emotion_of_the_default_voice(pipe):
+    default, voice = pipe.model.get_voice(), pipe.load_voice(FOLDER / "references" / "low.flac")
+    assert pipe.model.config.default_emotion == pipe.model.config.default_voice
+    assert torch.equal(voice.emotion_features, default.emotion_features)
+    assert not torch.equal(voice.speaker_features, default.speaker_features)
+
+
 def test_the_default_voice_is_one_of_them(pipe):
     assert pipe.model.config.default_voice in VOICES == sorted(pipe.model.voices)
     assert pipe.model.get_voice() is pipe.model.voices[pipe.model.config.default_voice]
@@ -146,7 +174,7 @@ def test_the_references(pipe):
         audio = soundfile.read(path)[0]
         assert 0.1 < np.abs(audio).max() < 1.0
         # The voice of its name was made from it.
-        shipped, made = pipe.model.voices[path.stem], pipe.load_voice(path)
+        shipped, made = pipe.model.voices[path.stem], pipe.model.semantic_to_mel.encode_voice(path)
         for name, tensor in made.tensors().items():
             torch.testing.assert_close(tensor, shipped.tensors()[name], atol=1e-3, rtol=1e-3)
     assert "references/" in CARD

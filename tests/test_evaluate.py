@@ -300,6 +300,18 @@ def test_a_list_from_end_to_end(tiny_checkpoint, tiny_recordings, recognizer, sp
     assert changed == [out / "audio" / "no-emotion" / "b.wav"]
 
 
+def test_segments_as_short_as_asked(evaluate, tiny_checkpoint):
+    pipe = evaluate.IndexTTS2TextToAudioPipeline.from_pretrained(tiny_checkpoint)
+    utterance = evaluate.Utterance("a", "One sentence is here. Another one is there.", "buzz", "buzz")
+    counts = []
+    for max_text_tokens in (None, 10):
+        speaker = evaluate.Speaker(pipe, 0, {"max_new_tokens": 5, "segment_silence_s": 1.0}, max_text_tokens)
+        [speech] = speaker.say([utterance], [0], "free", [None])
+        counts.append(len(speech.waveform) // pipe.model.config.sampling_rate)
+    # A pause of a second for each further segment.
+    assert counts[0] == 0 and counts[1] >= 1
+
+
 def test_recordings_come_first(tiny_checkpoint, tiny_recordings, recognizer, tmp_path):
     options = ["--model", tiny_checkpoint, "--data", tiny_recordings, "--output", tmp_path / "report", "--limit", 2]
     result = run_evaluate(*options, "--asr", recognizer, "--measures", "words", "--conditions", "length-1")

@@ -13,7 +13,7 @@ from conftest import SAMPLING_RATE, make_speech, make_tiny_model
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import AutoModelForTextToWaveform, pipeline
+from transformers import AutoModelForTextToWaveform, LogitsProcessor, LogitsProcessorList, pipeline
 
 from indextts2_hf import (
     IndexTTS2Config,
@@ -28,6 +28,7 @@ from indextts2_hf import (
     IndexTTS2Vocoder,
     VoicePrompt,
 )
+from indextts2_hf import modeling_indextts2 as module
 from indextts2_hf.modeling_indextts2 import share_out
 
 
@@ -271,6 +272,88 @@ def test_one_duration_for_each(tiny_model, tiny_voice):
     assert sum(len(ids) for ids in both.semantic_ids[1]) == 9
 
 
+def test_silence_follows_speech_that_cannot_be_so_long(tiny_model, tiny_voice):
+    """The tiny model has positions for 4 s: the rest of the time is silent."""
+    arguments = dict(voice=tiny_voice, seed=0, **SAMPLED)
+    output = speak(tiny_model, [HELLO], duration_s=5.5, **arguments)
+    longest = speak(tiny_model, [HELLO], duration_s=4.0, **arguments)
+    audio, [[duration]] = output.audio[0], output.durations
+    assert len(audio) == round(5.5 * SAMPLING_RATE) and not audio[len(longest.audio[0]) :].any()
+    assert_same([audio[: len(longest.audio[0])]], longest.audio)
+    assert duration.requested_s == 5.5 and duration.padding_s == 1.5
+    assert (duration.natural_s, duration.token_rate_factor) == (None, None)
+    assert duration.mel_factor == pytest.approx(1.0, abs=0.01)
+    assert longest.durations[0][0].padding_s == 0
+    assert speak(tiny_model, [HELLO], **arguments).durations == [[None]]
+
+
+@pytest.mark.parametrize("num_segments", [1, 3])
+def test_duration_where_the_natural_length_is_known(tiny_voice, num_segments):
+    """Natural are 10 and 2 tokens for each text token: 20 for HELLO, 0.4 s."""
+    model = make_tiny_model(natural_semantic_tokens=[10.0, 2.0])
+    text, natural_s = [HELLO] * num_segments, 0.4 * num_segments
+    arguments = dict(voice=tiny_voice, seed=0, segment_silence_s=0.1, **SAMPLED)
+    pauses_s = 0.1 * (num_segments - 1)
+    shortest_s, longest_s = (share * natural_s for share in (module._SHORTEST_SHARE, module._LONGEST_SHARE))
+    with pytest.raises(ValueError, match=f"needs at least {shortest_s + pauses_s:.2f} s, pauses included"):
+        speak(model, text, duration_s=shortest_s + pauses_s - 0.01, **arguments)
+    for share, speech_s in ((0.65, 0.65 * natural_s), (1.0, natural_s), (1.9, 1.9 * natural_s), (4.0, longest_s)):
+        output = speak(model, text, duration_s=share * natural_s + pauses_s, **arguments)
+        assert len(output.audio[0]) == round((share * natural_s + pauses_s) * SAMPLING_RATE)
+        num_tokens = sum(map(len, output.semantic_ids[0]))
+        assert num_tokens == pytest.approx(50 * speech_s, abs=0.6 * num_segments)
+        for duration in output.durations[0]:
+            assert duration.natural_s == 0.4
+            assert duration.token_rate_factor == pytest.approx(natural_s / speech_s, rel=0.05)
+            assert duration.padding_s == pytest.approx((share * natural_s - speech_s) / num_segments, abs=0.001)
+            assert duration.mel_factor == pytest.approx(1.0, abs=0.06)
+
+
+def test_a_longer_segment_gets_the_longer_share(tiny_voice):
+    model = make_tiny_model(natural_semantic_tokens=[10.0, 2.0])
+    output = speak(model, [HELLO, WELL], voice=tiny_voice, seed=0, duration_s=1.16, **SAMPLED)
+    # 0.96 s without the pause for 20 and 28 natural tokens.
+    assert [len(ids) for ids in output.semantic_ids[0]] == [20, 28]
+
+
+class EndsAfter(LogitsProcessor):
+    """T2S ends by itself after so many tokens, as a checkpoint may that ignores lengths."""
+
+    def __init__(self, model, num_tokens: int, prefix_length: int):
+        self.stop = model.t2s.config.semantic_stop_token_id
+        self.length = prefix_length + num_tokens
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.stop] = 1e4 if input_ids.shape[1] >= self.length else -torch.inf
+        return scores
+
+
+def test_duration_of_a_checkpoint_that_has_not_learnt_lengths(tiny_voice):
+    """What T2S says by itself, 20 tokens here, the length regulator makes as long as was asked for."""
+    model = make_tiny_model(use_length_row=False)
+    latents = model.t2s.encode_speaker(tiny_voice.speaker_features[None])
+    prefix = model.t2s.prepare_prefix(torch.tensor([HELLO]), speaker_latents=latents)[0]
+    ends = LogitsProcessorList([EndsAfter(model, 20, prefix.shape[1])])
+    arguments = dict(voice=tiny_voice, seed=0, logits_processor=ends, **(GREEDY | {"max_new_tokens": 60}))
+    usual_s = len(speak(model, [HELLO], **arguments).audio[0]) / SAMPLING_RATE
+
+    for duration_s in (0.21, 0.4, 0.7, 3.0):
+        output = speak(model, [HELLO], duration_s=duration_s, **arguments)
+        [[ids]], [[duration]] = output.semantic_ids, output.durations
+        assert len(ids) == 20
+        assert len(output.audio[0]) == round(duration_s * SAMPLING_RATE)
+        assert duration.mel_factor == pytest.approx(min(duration_s / usual_s, 2.0), abs=1e-3)
+        assert duration.padding_s == pytest.approx(max(0.0, duration_s - 2 * usual_s), abs=1e-3)
+        assert duration.token_rate_factor is None
+    shortest = f"took {usual_s:.2f} s, of which {usual_s / 2:.2f} s is the shortest"
+    with pytest.raises(ValueError, match=f"Segment 0 of text 0 is to last 0.15 s, but it {shortest}"):
+        speak(model, [HELLO], duration_s=0.15, **arguments)
+    # A number of tokens is exact everywhere.
+    output = speak(model, [HELLO], num_semantic_tokens=7, **arguments)
+    assert len(output.semantic_ids[0][0]) == 7 and output.durations == [[None]]
+
+
 @pytest.mark.parametrize("settings", [GREEDY, BEAMS, SAMPLED, SAMPLED | {"num_beams": 2}])
 def test_token_count_is_exact(tiny_model, tiny_voice, settings):
     texts = ([HELLO, MORNING, WELL], [WELL], [MORNING])
@@ -284,7 +367,9 @@ def test_token_count_is_exact(tiny_model, tiny_voice, settings):
 @pytest.mark.parametrize("count", [6, 7, 11, 40, 200])
 def test_a_count_is_shared_out_exactly(tiny_model, count):
     for text_lengths in ([1, 1, 1, 1, 50, 50], [100, 1, 1, 1, 1, 1], [3, 3, 3, 3, 3, 3]):
-        shares, _ = tiny_model._plan_lengths(text_lengths, count, None, 0.2)
+        rows = [module._Row(0, index, False, [5] * length) for index, length in enumerate(text_lengths)]
+        tiny_model._plan_lengths(rows, count, None, 0.2)
+        shares = [row.num_semantic_tokens for row in rows]
         assert sum(shares) == count and min(shares) >= 1
     assert sum(share_out(count, [7, 1, 90])) == count
 
@@ -300,8 +385,8 @@ def test_impossible_lengths(tiny_model, tiny_voice):
         ask([HELLO], duration_s=0.09)
     with pytest.raises(ValueError, match=r"text of 8 tokens in 2 segment\(s\) needs at least 0.36 s, pauses included"):
         ask([HELLO, MORNING], duration_s=0.3)
-    with pytest.raises(ValueError, match="speaks at most 4.0 s in one segment"):
-        ask([HELLO], duration_s=4.1)
+    with pytest.raises(ValueError, match="in at most 4.0 s, and at most 60 s of silence follow it"):
+        ask([HELLO], duration_s=64.1)
     with pytest.raises(ValueError, match="`num_semantic_tokens` is 201 but .* at most 200 in one segment"):
         ask([HELLO], num_semantic_tokens=201)
     for count in (0, -3, 1.5, True):

@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
-from data import Alignments, T2SDataset, collate_t2s, load_features
+from data import Alignments, T2SDataset, collate_t2s, feature_columns, load_features
 from indextts2_hf import IndexTTS2Processor, IndexTTS2T2SForConditionalGeneration, IndexTTS2TextToAudioPipeline
 from programs import TRAINING, read_log, run_killed, run_program, run_ranks, run_to_error
 
@@ -276,6 +277,31 @@ def test_the_prototypes_are_the_means_of_each_speakers_clips(tiny_checkpoint, ti
 
 
 # --- the length ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_natural_length_of_a_text_is_fitted(monkeypatch):
+    """12 tokens and 5 for each piece of the text, with noise; clips at another tempo do not count."""
+    monkeypatch.syspath_prepend(TRAINING)
+    from train_t2s import MIN_CLIPS_OF_FIT, fit_natural_length
+
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(2 * MIN_CLIPS_OF_FIT):
+        length, speed = int(generator.integers(3, 40)), (1.0, 0.5)[number % 2]
+        num_tokens = round((12 + 5 * length + generator.normal(0, 3)) / speed)
+        row = {"clip": f"{number}", "speaker": "anna", "speed": speed, "input_ids": [2] * length}
+        rows.append(row | {"num_semantic_tokens": num_tokens, "semantic_ids": [0] * num_tokens})
+    fit = fit_natural_length(T2SDataset(make_rows(rows), seed=0))
+    assert fit == [pytest.approx(12, abs=1.5), pytest.approx(5, abs=0.1)]
+    # Too few clips say nothing.
+    assert fit_natural_length(T2SDataset(make_rows(rows[2:]), seed=0)) is None
+
+
+def make_rows(rows: list[dict]) -> Dataset:
+    """A table of features from some of their columns; the others are empty."""
+    empty = {"emotion": None, "language": None, "text": "", "duration_s": 1.0, "speaker_embeds": [0.0]}
+    empty |= {"semantic_features": np.zeros((1, 4), np.float16), "mel": np.zeros((1, 8), np.float16)}
+    return Dataset.from_list([empty | row for row in rows], features=feature_columns(4, 8)).with_format("numpy")
 
 
 def test_the_length_is_told_in_seven_draws_of_ten(tiny_features):

@@ -41,6 +41,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,6 +60,9 @@ FROZEN = {1: EMOTION_PATH, 2: SPEAKER_PATH, 3: SPEAKER_PATH + EMOTION_PATH}
 
 # Clips whose emotion vectors are averaged for a speaker and an emotion.
 MAX_CLIPS_PER_PROTOTYPE = 16
+
+# Clips from which the natural length of a text is fitted.
+MIN_CLIPS_OF_FIT = 100
 
 
 def parse() -> argparse.Namespace:
@@ -317,6 +321,23 @@ def store_emotion_prototypes(t2s: IndexTTS2T2SForConditionalGeneration, dataset:
     return stored
 
 
+def fit_natural_length(dataset: T2SDataset) -> list[float] | None:
+    """
+    `natural_semantic_tokens` of the configuration, by least squares over the clips at their own tempo; `None` where there are
+    fewer than `MIN_CLIPS_OF_FIT` or their length does not grow with their text.
+    """
+    table = dataset.features.with_format(None).select_columns(["input_ids", "num_semantic_tokens", "speed"])[:]
+    pairs = [
+        (len(input_ids), num_tokens)
+        for input_ids, num_tokens, speed in zip(*table.values(), strict=True)
+        if speed == 1.0
+    ]
+    if len(pairs) < MIN_CLIPS_OF_FIT or len({length for length, _ in pairs}) < 2:
+        return None
+    slope, constant = (round(float(value), 3) for value in np.polyfit(*zip(*pairs, strict=True), 1))
+    return [constant, slope] if constant >= 0 and slope > 0 else None
+
+
 def main() -> None:
     arguments = parse()
     run = Run(arguments, parts=("t2s",), can_shard=arguments.stage != 2)
@@ -370,6 +391,8 @@ def main() -> None:
         run.say(
             "This checkpoint has no length row (a released one): the length is not told, and stays to the token count rule."
         )
+    elif (natural := fit_natural_length(train_set)) is not None:
+        t2s.config.natural_semantic_tokens = natural
     if arguments.stage == 1:
         # No emotion until stage 2 teaches it: inference adds the vector whatever stage a checkpoint is from.
         nn.init.zeros_(t2s.emotion_out_proj.weight)

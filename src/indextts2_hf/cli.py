@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from logging import ERROR, Handler, LogRecord, getLogger
 from pathlib import Path
 from typing import Any, Self
@@ -111,6 +111,7 @@ def speak(args: argparse.Namespace) -> None:
                         "text": texts[segment.segment_index],
                         "num_semantic_tokens": len(segment.semantic_ids),
                         "num_samples": len(samples),
+                        "duration": None if segment.duration is None else asdict(segment.duration),
                     }
                 )
                 progress.end_segment()

@@ -98,6 +98,10 @@ class IndexTTS2T2SConfig(PreTrainedConfig):
             What the first of the two extra prefix slots holds. `True`: the row of the semantic position table whose index is
             the asked number of tokens, zeros when the length is free (the paper, section 3.1.1; models trained here).
             `False`: a fixed learnt row (the released checkpoint).
+        natural_semantic_tokens (`list[float]`, *optional*):
+            Two numbers: a segment of `n` text tokens is about the first plus `n` times the second semantic tokens long where its
+            length is free. With it a duration that is too short for its words is refused, and one that is too long is padded.
+            Fitted by `training/train_t2s.py`.
         skip_semantic_position_one (`bool`, defaults to `True`):
             Whether cached decoding goes from position 0 to position 2 (a property of the released checkpoint; `False` for
             models trained here).
@@ -155,6 +159,7 @@ class IndexTTS2T2SConfig(PreTrainedConfig):
     perceiver_mult: int = 2
     emotion_prototype_counts: list[int] | tuple[int, ...] = (3, 17, 2, 8, 4, 5, 10, 24)
     use_length_row: bool = False
+    natural_semantic_tokens: list[float] | tuple[float, ...] | None = None
     skip_semantic_position_one: bool = True
     prefix_placeholder_token_id: int = 1
     text_loss_weight: float = 0.01
@@ -204,6 +209,11 @@ class IndexTTS2T2SConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` ({getattr(self, name)}) must lie in the semantic vocabulary of {self.semantic_vocab_size} ids."
                 )
+        natural = self.natural_semantic_tokens
+        if natural is not None and (len(natural) != 2 or not (natural[0] >= 0 and natural[1] > 0)):
+            raise ValueError(
+                f"`natural_semantic_tokens` is {list(natural)}, but it must be two numbers, at least 0 and above 0, or `None`."
+            )
         if self.text_recognizer_size < 0:
             raise ValueError(
                 f"`text_recognizer_size` is {self.text_recognizer_size}, but it must be a width, or 0 for no recogniser."

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -58,8 +58,38 @@ _PART_NAMES = ("t2s", "s2m", "semantic_encoder", "semantic_codec", "speaker_enco
 # A day: what is longer was not meant.
 _MOST_SECONDS = 86400.0
 
+# Lengths at which speech can still be understood, as shares of its natural length: shorter is refused, longer padded.
+_SHORTEST_SHARE, _LONGEST_SHARE = 0.6, 2.0
+# How far the length regulator stretches semantic tokens that have a length of their own.
+_LEAST_MEL_FACTOR, _MOST_MEL_FACTOR = 0.5, 2.0
+# Silence behind the speech of a text, in seconds: who asks for more did not mean it.
+_MOST_PADDING_S = 60.0
+
 # What the Auto classes hand to every `from_pretrained` and means nothing here.
 _AUTO_CLASS_NAMES = ("code_revision", "proxies", "trust_remote_code", "use_safetensors")
+
+
+@dataclass(frozen=True)
+class IndexTTS2Duration:
+    r"""
+    What each layer did to give a segment the length that was asked for.
+
+    Args:
+        requested_s (`float`): seconds of the segment, silence included.
+        natural_s (`float`, *optional*): its length without a request, estimated from its text, where the checkpoint can.
+        token_rate_factor (`float`, *optional*):
+            Natural length over the length that the text-to-semantic transformer was asked for: above 1 is faster than natural.
+            `None` where `natural_s` is not known.
+        mel_factor (`float`):
+            Length of the speech over that of its semantic tokens: above 1 the length regulator made it slower.
+        padding_s (`float`): seconds of silence behind the speech.
+    """
+
+    requested_s: float
+    natural_s: float | None
+    token_rate_factor: float | None
+    mel_factor: float
+    padding_s: float
 
 
 @dataclass
@@ -70,10 +100,13 @@ class IndexTTS2Output(ModelOutput):
             One waveform of shape `(num_samples,)` in [-1, 1] for each text, pauses included.
         semantic_ids (`list[list[torch.LongTensor]]`):
             Codes of each text's segments, each of shape `(num_semantic_tokens,)`.
+        durations (`list[list[IndexTTS2Duration | None]]`):
+            How the length of each text's segments came about; `None` where no `duration_s` was asked for.
     """
 
     audio: list[torch.FloatTensor] | None = None
     semantic_ids: list[list[torch.LongTensor]] | None = None
+    durations: list[list[IndexTTS2Duration | None]] | None = None
 
 
 @dataclass
@@ -87,6 +120,7 @@ class IndexTTS2Segment(ModelOutput):
         is_last (`bool`): whether it ends its text; otherwise the pause between segments follows.
         audio (`torch.FloatTensor` of shape `(num_samples,)`): its waveform in [-1, 1], without the pause.
         semantic_ids (`torch.LongTensor` of shape `(num_semantic_tokens,)`): its codes.
+        duration ([`IndexTTS2Duration`]): how its length came about; `None` where no `duration_s` was asked for.
     """
 
     text_index: int | None = None
@@ -94,21 +128,28 @@ class IndexTTS2Segment(ModelOutput):
     is_last: bool | None = None
     audio: torch.FloatTensor | None = None
     semantic_ids: torch.LongTensor | None = None
+    duration: IndexTTS2Duration | None = None
 
 
 @dataclass
 class _Row:
-    """A segment on its way through the model."""
+    """
+    A segment on its way through the model. Of `num_samples` that its sound must have, the first `num_speech_samples` are speech
+    and the rest silence. `num_semantic_tokens` are written into the prefix, and end the segment if `is_count_exact`.
+    """
 
     text_index: int
     segment_index: int
     is_last: bool
     input_ids: list[int]
     num_semantic_tokens: int | None = None
+    is_count_exact: bool = True
     num_samples: int | None = None
+    num_speech_samples: int | None = None
+    natural_tokens: float | None = None
 
 
-def share_out(total: int, weights: list[int]) -> list[int]:
+def share_out(total: int, weights: Sequence[float]) -> list[int]:
     """Whole numbers in proportion to `weights` that add up to `total` exactly."""
     bounds = [round(total * sum(weights[:index]) / sum(weights)) for index in range(len(weights) + 1)]
     return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
@@ -550,13 +591,17 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         kwargs = {"segment_batch_size": 8, "segment_silence_s": 0.2, **kwargs}
         audio: list[list[torch.Tensor]] = [[] for _ in input_ids]
         semantic_ids: list[list[torch.Tensor]] = [[] for _ in input_ids]
+        durations: list[list[IndexTTS2Duration | None]] = [[] for _ in input_ids]
         for segment in self.stream(input_ids, **kwargs):
             audio[segment.text_index].append(segment.audio)
             semantic_ids[segment.text_index].append(segment.semantic_ids)
+            durations[segment.text_index].append(segment.duration)
             if not segment.is_last:
                 pause = segment.audio.new_zeros(self.pause_samples(kwargs["segment_silence_s"]))
                 audio[segment.text_index].append(pause)
-        return IndexTTS2Output(audio=[torch.cat(parts) for parts in audio], semantic_ids=semantic_ids)
+        return IndexTTS2Output(
+            audio=[torch.cat(parts) for parts in audio], semantic_ids=semantic_ids, durations=durations
+        )
 
     @torch.no_grad()
     def stream(
@@ -601,9 +646,15 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             emotion_strength (`float`, or one for each text, defaults to 1.0):
                 How much of `emotion_features` is used; 0 is the voice's own emotion.
             num_semantic_tokens (`int`, or one or `None` for each text, *optional*):
-                Exact number of semantic tokens of a text, shared among its segments in proportion to their text tokens.
+                Exact number of semantic tokens of a text, shared among its segments in proportion to their text tokens. A
+                checkpoint that has not learnt lengths is cut off there, be the text at its end or not.
             duration_s (`float`, or one or `None` for each text, *optional*):
-                Exact length of a text's speech in seconds, pauses included: `round(duration_s * sampling_rate)` samples.
+                Exact length of a text's speech in seconds, pauses included: `round(duration_s * sampling_rate)` samples, and
+                never at the price of words. A checkpoint that learnt lengths (`t2s.config.use_length_row`) speaks in that
+                time; in one that did not, T2S ends by itself and the length regulator stretches what it said, 0.5 to 2 times.
+                What is longer than can be spoken has silence behind the speech, at most
+                60 s; what is too short for its words is refused
+                with the shortest duration. `IndexTTS2Segment.duration` says what was done.
             seed (`int`, or one for each text, *optional*):
                 Makes the same call give the same audio, and leaves torch's global generators alone; without it
                 `torch.manual_seed` governs. Greedy search, beam search and sampling with one beam then also give a text the
@@ -697,9 +748,12 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                     progress_callback,
                 )
             mel_lengths = semantic_to_mel.default_mel_lengths(lengths)
-            for index, row in enumerate(batch):
-                if row.num_samples is not None:
-                    mel_lengths[index] = math.ceil(row.num_samples / self.vocoder.hop_length)
+            found = [
+                self._fit_duration(row, *pair)
+                for row, *pair in zip(batch, lengths.tolist(), mel_lengths.tolist(), strict=True)
+            ]
+            durations = [duration for duration, _ in found]
+            mel_lengths = mel_lengths.new_tensor([num_frames for _, num_frames in found])
             output = semantic_to_mel(
                 semantic_ids,
                 voice=[voices[row.text_index] for row in batch],
@@ -716,13 +770,18 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 callback_on_step_end=None if progress_callback is None else report_step,
                 fingerprint=fingerprint,
             )
-            for row, ids, length, waveform in zip(batch, semantic_ids, lengths.tolist(), output.audios, strict=True):
+            results = zip(batch, semantic_ids, lengths.tolist(), output.audios, durations, strict=True)
+            for row, ids, length, waveform, duration in results:
+                if row.num_samples is not None:
+                    speech = waveform[: row.num_speech_samples]
+                    waveform = torch.nn.functional.pad(speech, (0, row.num_samples - len(speech)))
                 yield IndexTTS2Segment(
                     text_index=row.text_index,
                     segment_index=row.segment_index,
                     is_last=row.is_last,
-                    audio=waveform[: row.num_samples],
+                    audio=waveform,
                     semantic_ids=ids[:length],
+                    duration=duration,
                 )
 
     def _plan_rows(
@@ -766,13 +825,11 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                     f"Text {text_index} has a segment of {max(text_lengths)} tokens but this checkpoint has positions for "
                     f"{most}. Give the processor a smaller `max_text_tokens`."
                 )
-            tokens, samples = self._plan_lengths(
-                text_lengths, counts[text_index], durations[text_index], segment_silence_s
-            )
-            rows += [
-                _Row(text_index, index, index == len(segments) - 1, segment, tokens[index], samples[index])
-                for index, segment in enumerate(segments)
+            text_rows = [
+                _Row(text_index, index, index == len(segments) - 1, segment) for index, segment in enumerate(segments)
             ]
+            self._plan_lengths(text_rows, counts[text_index], durations[text_index], segment_silence_s)
+            rows += text_rows
         return rows
 
     def pause_samples(self, segment_silence_s: float) -> int:
@@ -783,51 +840,100 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         return int(self.config.sampling_rate * segment_silence_s)
 
     def _plan_lengths(
-        self, text_lengths: list[int], count: int | None, duration_s: float | None, segment_silence_s: float
-    ) -> tuple[list[int | None], list[int | None]]:
-        """Semantic tokens and samples of each segment of one text; `None` where they are free."""
-        free: list[int | None] = [None] * len(text_lengths)
+        self, rows: list[_Row], count: int | None, duration_s: float | None, segment_silence_s: float
+    ) -> None:
+        """Semantic tokens and samples of the segments of one text."""
+        text_lengths = [len(row.input_ids) for row in rows]
         rate, most = self.t2s.config.semantic_token_rate, self.t2s.config.max_semantic_tokens
         if count is not None and duration_s is not None:
             raise ValueError(
                 f"Both `num_semantic_tokens` ({count}) and `duration_s` ({duration_s}) were given: give one of them."
             )
-        if duration_s is not None:
-            is_number = isinstance(duration_s, Real) and not isinstance(duration_s, bool)
-            if not (is_number and 0 < duration_s < _MOST_SECONDS):  # also false for NaN
-                raise ValueError(f"`duration_s` is {duration_s!r}, but it must be a finite number of seconds above 0.")
-            pauses = self.pause_samples(segment_silence_s) * (len(text_lengths) - 1)
-            num_samples = round(duration_s * self.config.sampling_rate) - pauses
-            # One semantic token for each text token is below any speech: less cannot be meant.
-            shortest = sum(text_lengths) / rate + pauses / self.config.sampling_rate
-            if duration_s < shortest:
-                raise ValueError(
-                    f"`duration_s` is {duration_s} but this text of {sum(text_lengths)} tokens in {len(text_lengths)} "
-                    f"segment(s) needs at least {shortest:.2f} s, pauses included. Give a longer duration or a shorter text."
-                )
-            samples = share_out(num_samples, text_lengths)
-            tokens = [max(1, round(share / self.config.sampling_rate * rate)) for share in samples]
-            if max(tokens) > most:
-                raise ValueError(
-                    f"`duration_s` is {duration_s} but this checkpoint speaks at most {most / rate:.1f} s in one segment, "
-                    f"and this text has {len(text_lengths)}. Give a shorter duration, or split the text into more segments."
-                )
-            return list(tokens), list(samples)
         if count is not None:
-            if isinstance(count, bool) or not isinstance(count, Integral) or count < len(text_lengths):
+            if isinstance(count, bool) or not isinstance(count, Integral) or count < len(rows):
                 raise ValueError(
                     f"`num_semantic_tokens` is {count!r}, but it must be a whole number of at least 1 for each of the "
-                    f"{len(text_lengths)} segment(s) of the text."
+                    f"{len(rows)} segment(s) of the text."
                 )
-            tokens = [1 + share for share in share_out(count - len(text_lengths), text_lengths)]
+            tokens = [1 + share for share in share_out(count - len(rows), text_lengths)]
             if max(tokens) > most:
                 raise ValueError(
                     f"`num_semantic_tokens` is {count} but this checkpoint has positions for at most {most} in one segment "
-                    f"({most / rate:.1f} s), and this text has {len(text_lengths)}. "
+                    f"({most / rate:.1f} s), and this text has {len(rows)}. "
                     "Split the text with `processor.split_text` and synthesise the parts."
                 )
-            return list(tokens), free
-        return free, free
+            for row, num_tokens in zip(rows, tokens, strict=True):
+                row.num_semantic_tokens = num_tokens
+        if duration_s is not None:
+            self._plan_duration(rows, duration_s, segment_silence_s)
+
+    def _plan_duration(self, rows: list[_Row], duration_s: float, segment_silence_s: float) -> None:
+        """Shares of `duration_s` for the segments of one text, and how long their speech can be."""
+        config, sampling_rate = self.t2s.config, self.config.sampling_rate
+        samples_per_token = sampling_rate / config.semantic_token_rate
+        is_number = isinstance(duration_s, Real) and not isinstance(duration_s, bool)
+        if not (is_number and 0 < duration_s < _MOST_SECONDS):  # also false for NaN
+            raise ValueError(f"`duration_s` is {duration_s!r}, but it must be a finite number of seconds above 0.")
+        # What each segment takes by nature, where that is known, and the least that can be meant: a semantic token for each
+        # text token.
+        least = weights = [float(len(row.input_ids)) for row in rows]
+        longest = [float(config.max_semantic_tokens)] * len(rows)
+        if config.use_length_row and config.natural_semantic_tokens is not None:
+            constant, slope = config.natural_semantic_tokens
+            weights = [constant + slope * length for length in weights]
+            for row, natural in zip(rows, weights, strict=True):
+                row.natural_tokens = natural
+            least = [_SHORTEST_SHARE * natural for natural in weights]
+            longest = [min(_LONGEST_SHARE * natural, most) for natural, most in zip(weights, longest, strict=True)]
+        pauses = self.pause_samples(segment_silence_s) * (len(rows) - 1)
+        shortest_s = (sum(least) * samples_per_token + pauses) / sampling_rate
+        if duration_s < shortest_s:
+            raise ValueError(
+                f"`duration_s` is {duration_s} but this text of {sum(len(row.input_ids) for row in rows)} tokens in {len(rows)} "
+                f"segment(s) needs at least {shortest_s:.2f} s, pauses included. Give a longer duration or a shorter text."
+            )
+        longest_s = (sum(longest) * samples_per_token + pauses) / sampling_rate
+        if duration_s > longest_s + _MOST_PADDING_S:
+            raise ValueError(
+                f"`duration_s` is {duration_s} but this text of {sum(len(row.input_ids) for row in rows)} tokens in {len(rows)} "
+                f"segment(s) can be spoken in at most {longest_s:.1f} s, and at most {_MOST_PADDING_S:g} s of silence follow it. "
+                "Give a shorter duration or a longer text."
+            )
+        shares = share_out(round(duration_s * sampling_rate) - pauses, weights)
+        for row, num_samples, most in zip(rows, shares, longest, strict=True):
+            row.num_samples = num_samples
+            row.num_speech_samples = min(num_samples, math.floor(most * samples_per_token))
+            row.num_semantic_tokens = max(1, round(row.num_speech_samples / samples_per_token))
+            row.is_count_exact = config.use_length_row
+
+    def _fit_duration(self, row: _Row, num_tokens: int, num_mel_frames: int) -> tuple[IndexTTS2Duration | None, int]:
+        """
+        Mel frames of a segment of so many semantic tokens, `num_mel_frames` by default, and how that came about.
+
+        Raises:
+            ValueError: T2S ended by itself, and what it said is too long for the time.
+        """
+        if row.num_samples is None:
+            return None, num_mel_frames
+        sampling_rate, token_rate = self.config.sampling_rate, self.t2s.config.semantic_token_rate
+        samples = num_mel_frames * self.vocoder.hop_length
+        if not row.is_count_exact:
+            if row.num_speech_samples < _LEAST_MEL_FACTOR * samples:
+                raise ValueError(
+                    f"Segment {row.segment_index} of text {row.text_index} is to last {row.num_samples / sampling_rate:.2f} s, but "
+                    f"it took {samples / sampling_rate:.2f} s, of which {_LEAST_MEL_FACTOR * samples / sampling_rate:.2f} s is the "
+                    "shortest that can be had. Raise `duration_s` in that proportion, or shorten the text."
+                )
+            row.num_speech_samples = min(row.num_speech_samples, math.floor(_MOST_MEL_FACTOR * samples))
+        natural_s = None if row.natural_tokens is None else row.natural_tokens / token_rate
+        duration = IndexTTS2Duration(
+            requested_s=row.num_samples / sampling_rate,
+            natural_s=natural_s,
+            token_rate_factor=None if row.natural_tokens is None else row.natural_tokens / row.num_semantic_tokens,
+            mel_factor=row.num_speech_samples / samples,
+            padding_s=(row.num_samples - row.num_speech_samples) / sampling_rate,
+        )
+        return duration, math.ceil(row.num_speech_samples / self.vocoder.hop_length)
 
     def _encode_conditions(
         self,
@@ -993,14 +1099,16 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             batch_first=True,
             padding_value=t2s.config.text_stop_token_id,
         )
-        counts = [row.num_semantic_tokens for row in rows]
-        asked = counts if any(counts) else None
+        # A checkpoint that has not learnt lengths is asked for one too, but ends by itself where seconds were asked for.
+        asked = [row.num_semantic_tokens for row in rows]
+        counts = [row.num_semantic_tokens if row.is_count_exact else None for row in rows]
+        duration_conditioning = getattr(settings, "duration_conditioning", None)
         inputs_embeds, attention_mask = t2s.prepare_prefix(
             input_ids,
             speaker_latents=speaker_latents,
             emotion_embeds=emotion_embeds,
-            num_semantic_tokens=asked,
-            duration_conditioning=getattr(settings, "duration_conditioning", None),
+            num_semantic_tokens=asked if any(asked) else None,
+            duration_conditioning=True if duration_conditioning is None else duration_conditioning,
         )
 
         if settings.do_sample and (settings.num_beams or 1) == 1:
@@ -1010,7 +1118,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             ]
             logits_processor = LogitsProcessorList([*logits_processor, SeededSamplingLogitsProcessor(generators)])
         stopping_criteria = StoppingCriteriaList(stopping_criteria)
-        if asked is not None and None in asked and settings.max_new_tokens is not None:
+        if any(counts) and None in counts and settings.max_new_tokens is not None:
             max_length = inputs_embeds.shape[1] + settings.max_new_tokens
             stopping_criteria.append(_FreeRowLimit(counts, max_length, t2s.device))
         if progress_callback is not None:
@@ -1025,13 +1133,15 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 generation_config=settings,
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
-                num_semantic_tokens=asked,
+                num_semantic_tokens=counts if any(counts) else None,
             )
 
         is_stop = sequences == t2s.config.semantic_stop_token_id
         lengths = is_stop.logical_not().cumprod(dim=1).sum(dim=1)
         for row, length in zip(rows, lengths.tolist(), strict=True):
-            if row.num_semantic_tokens is None and length >= (settings.max_new_tokens or sequences.shape[1]):
+            if (row.num_semantic_tokens is None or not row.is_count_exact) and length >= (
+                settings.max_new_tokens or sequences.shape[1]
+            ):
                 logger.warning(
                     f"Segment {row.segment_index} of text {row.text_index} was cut off after {length} semantic tokens "
                     f"({length / t2s.config.semantic_token_rate:.1f} s) without having ended. "
@@ -1071,4 +1181,4 @@ def _one_for_each(name: str, value: Any, num_texts: int) -> list[Any]:
     return list(value)
 
 
-__all__ = ["IndexTTS2ForTextToWaveform", "IndexTTS2Output", "IndexTTS2Segment"]
+__all__ = ["IndexTTS2Duration", "IndexTTS2ForTextToWaveform", "IndexTTS2Output", "IndexTTS2Segment"]
