@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizer
 
-import indextts2_hf  # noqa: F401  (registers the tokenizer with AutoTokenizer)
+from indextts2_hf import embedded_checkpoint
 from indextts2_hf.tokenization_indextts2 import (
     SENTENCE_ENDS,
     IndexTTS2Tokenizer,
@@ -178,6 +178,24 @@ def test_text_needs_the_engine(tokenizer, monkeypatch):
     assert tokenizer.split_text("Hello there.") == [tokenizer.tokenize("Hello there.")]
     with pytest.raises(ImportError, match="indextts2-hf"):
         tokenizer.split_text("I have 20 cats.")
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("2024", "TWENTY TWENTY FOUR"),
+        ("3:30", "THREE THIRTY"),
+        ("$19.99", "NINETEEN POINT NINE NINE DOLLARS"),
+        ("50%", "FIFTY PERCENT"),
+        ("XING2 is a syllable", "XING TWO IS A SYLLABLE"),
+    ],
+)
+def test_where_the_vocabulary_is_english_every_text_is(text, spoken, tokenizer, wetext):
+    english = IndexTTS2Tokenizer.from_pretrained(embedded_checkpoint())
+    [segment] = english.split_text(text)
+    assert english.convert_tokens_to_string(segment).replace(" AND", "") == spoken
+    assert english.unk_token_id not in english.convert_tokens_to_ids(segment)
+    assert tokenizer.normalizer(text) != english.normalizer(text)  # this vocabulary has Chinese characters
 
 
 def test_one_character_is_looked_up_as_it_is(tokenizer):

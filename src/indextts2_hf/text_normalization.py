@@ -105,12 +105,16 @@ class TextNormalizer:
             Terms and how to say them, `{"TTS": "T T S", "C++": {"en": "C plus plus", "zh": "C 加加"}}`. A term that has
             no entry for the language at hand stays as it is. Case does not matter; longer terms go first; a term is
             replaced wherever its letters stand, also inside a word.
+        knows_chinese (`bool`, defaults to `True`):
+            Whether Chinese can be spoken. `False` reads every text with the English rules: "2024" is then "twenty twenty
+            four".
 
     Raises:
         ValueError: if the glossary is not of this form.
     """
 
-    def __init__(self, glossary: dict[str, str | dict[str, str]] | None = None) -> None:
+    def __init__(self, glossary: dict[str, str | dict[str, str]] | None = None, knows_chinese: bool = True) -> None:
+        self.knows_chinese = knows_chinese
         self.glossary = dict(glossary or {})
         for term, spoken in self.glossary.items():
             readings = spoken if isinstance(spoken, dict) else {"en": spoken, "zh": spoken}
@@ -140,7 +144,7 @@ class TextNormalizer:
         """
         text = text.replace("\0", " ")  # the engine drops what follows a null character
         text, annotations = _protect(ANNOTATION, ANNOTATION_STAND_IN, text)
-        language = "zh" if uses_chinese_rules(text) else "en"
+        language = "zh" if self.knows_chinese and uses_chinese_rules(text) else "en"
         text = CONTRACTION.sub(r"\1 is", text)
         text = self._apply_glossary(text, language)
         text = TECH_TERM.sub(lambda match: match[0].replace("-", "<H>"), text)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils import logging
 
-from .text_normalization import TextNormalizer
+from .text_normalization import CHINESE_CHARACTER, TextNormalizer
 
 
 logger = logging.get_logger(__name__)
@@ -111,7 +111,8 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
     Tokenizer of IndexTTS2: normalised, upper-cased text in SentencePiece pieces. Based on SentencePiece.
 
     Text is normalised first (`TextNormalizer`: numbers to words, which needs the extra `text`), then its Chinese characters
-    are set apart and it is upper-cased. Special tokens written in a text (`</s>`) are read as text. Characters that
+    are set apart and it is upper-cased. Where the vocabulary has no Chinese character, every text is read with the English
+    rules. Special tokens written in a text (`</s>`) are read as text. Characters that
     the vocabulary lacks become `<unk>` and are named in a warning.
 
     Args:
@@ -153,7 +154,6 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
                 "It is the file `bpe.model` of a checkpoint folder."
             )
         self.do_normalize = do_normalize
-        self.normalizer = TextNormalizer(glossary)
         kwargs.setdefault("split_special_tokens", True)
         super().__init__(
             vocab_file=vocab_file,
@@ -171,6 +171,9 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
                 f"The vocabulary {vocab_file!r} has no {', '.join(missing)}, and the model has no place for more tokens. "
                 "Name the special tokens as they are called in that file."
             )
+        pieces = (self.sp_model.id_to_piece(token_id) for token_id in range(self.sp_model.vocab_size()))
+        knows_chinese = any(CHINESE_CHARACTER.search(piece) for piece in pieces)
+        self.normalizer = TextNormalizer(glossary, knows_chinese=knows_chinese)
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         if any("\ud800" <= character <= "\udfff" for character in text):
