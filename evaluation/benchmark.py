@@ -106,7 +106,7 @@ class Stopwatch:
 
 def trunk_stage(kwargs: dict) -> str:
     """Which pass of the trunk a call is: the prefix, one token, or the last pass over all codes."""
-    if kwargs.get("past_key_values") is None:
+    if kwargs.get("cache") is None:
         return "t2s: hidden states of all codes"
     return "t2s: decoding" if kwargs["inputs_embeds"].shape[1] == 1 else "t2s: prefix"
 

@@ -5,10 +5,12 @@ import torch
 from conftest import make_tiny_t2s
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import TopKLogitsWarper
 
 from indextts2_hf import IndexTTS2GenerationConfig, IndexTTS2T2SForConditionalGeneration
 from indextts2_hf.generation_t2s import (
+    CACHE_NAME,
     RoomyLayer,
     SeededSamplingLogitsProcessor,
     SemanticTokenCountLogitsProcessor,
@@ -134,16 +136,22 @@ def test_the_roomy_cache_equals_the_stock_one(t2s, mode, monkeypatch):
     monkeypatch.setattr("indextts2_hf.generation_t2s._CACHE_ROOM", 3)
     settings = MODES[mode] | {"max_new_tokens": 18, "return_dict_in_generate": True, "text_guidance_scale": 1.5}
     outputs = []
-    for given in ({}, {"past_key_values": DynamicCache()}):
+    # Whatever transformers calls it, a cache is given under either name.
+    for given in ({}, {"past_key_values": DynamicCache()}, {"cache": DynamicCache()}):
         torch.manual_seed(0)
         outputs.append(t2s.generate(**make_inputs(t2s), **settings, **given))
-    layers, stock_layers = (output.past_key_values.layers for output in outputs)
-    assert all(type(layer) is RoomyLayer for layer in layers)
-    # A cache that is given stays what it is.
-    assert not any(isinstance(layer, RoomyLayer) for layer in stock_layers)
-    assert torch.equal(*(output.sequences for output in outputs))
-    for layer, stock in zip(layers, stock_layers, strict=True):
-        assert torch.equal(layer.keys, stock.keys) and torch.equal(layer.values, stock.values)
+        # One that is given stays what it is.
+        layers = outputs[-1][CACHE_NAME].layers
+        assert {type(layer) for layer in layers} == {DynamicLayer if given else RoomyLayer}
+        assert not given or outputs[-1][CACHE_NAME] is next(iter(given.values()))
+        assert torch.equal(outputs[-1].sequences, outputs[0].sequences)
+        for layer, other in zip(layers, outputs[0][CACHE_NAME].layers, strict=True):
+            assert torch.equal(layer.keys, other.keys) and torch.equal(layer.values, other.values)
+
+
+def test_a_cache_under_both_of_its_names(t2s):
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
+        t2s.generate(**make_inputs(t2s), cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 def test_the_roomy_layer_under_all_that_is_done_to_a_cache(monkeypatch):

@@ -1,15 +1,20 @@
 import copy
 import itertools
 import math
+import re
+from importlib.metadata import version
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import make_tiny_t2s, randomize, tiny_t2s_config
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from indextts2_hf import IndexTTS2GenerationConfig, IndexTTS2T2SConfig, IndexTTS2T2SForConditionalGeneration
+from indextts2_hf.generation_t2s import CACHE_NAME
 from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES, IndexTTS2T2SModel, TextRecognizer, sinusoidal_positions
 
 
@@ -256,11 +261,11 @@ def test_forward_shapes(t2s, rows):
     assert output.logits.shape == (3, 12, 66)
     assert output.text_logits.shape == (3, 11, 1000)
     assert output.last_hidden_state.shape == (3, 12, 32)
-    assert output.past_key_values.get_seq_length() == 4 + 2 + 11 + 12
+    assert output[CACHE_NAME].get_seq_length() == 4 + 2 + 11 + 12
     del batch["labels"]
     output = t2s(**batch, use_cache=False)
     assert output.logits.shape == (3, 1, 66)
-    assert output.loss is output.text_logits is output.past_key_values is None
+    assert output.loss is output.text_logits is getattr(output, CACHE_NAME) is None
 
 
 def test_recorded_outputs(t2s, rows):
@@ -367,7 +372,8 @@ def test_logits_to_keep(t2s, rows):
     )
 
 
-def test_cached_steps_equal_one_pass(t2s, rows):
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_cached_steps_equal_one_pass(t2s, rows, name):
     row = make_batch(rows[:1])
     codes = row.pop("labels")
     whole = t2s(**row, semantic_ids=codes)
@@ -377,13 +383,18 @@ def test_cached_steps_equal_one_pass(t2s, rows):
         output = t2s(
             semantic_ids=codes[:, step : step + 1],
             position_ids=torch.tensor([[step + 1]]),
-            past_key_values=output.past_key_values,
             use_cache=True,
+            **{name: output[CACHE_NAME]},
         )
         logits.append(output.logits)
         states.append(output.last_hidden_state)
     assert_close(torch.cat(logits, dim=1), whole.logits)
     assert_close(torch.cat(states, dim=1), whole.last_hidden_state)
+
+
+def test_a_cache_under_both_of_its_names(t2s):
+    with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
+        t2s(semantic_ids=torch.tensor([[5]]), cache=DynamicCache(), past_key_values=DynamicCache())
 
 
 def test_forward_errors(t2s, rows):
@@ -547,9 +558,9 @@ def make_adapter_config():
     return LoraConfig(r=4, lora_alpha=8, target_modules=LORA_TARGET_MODULES, init_lora_weights=False)
 
 
+@pytest.mark.lora
 @torch.no_grad()
 def test_lora(rows, tmp_path):
-    pytest.importorskip("peft")
     batch = make_batch(rows)
     adapted = make_tiny_t2s()
     base = adapted(**batch).logits
@@ -584,14 +595,35 @@ def test_lora(rows, tmp_path):
     }
 
 
+@pytest.mark.lora
 def test_lora_trains_the_adapter_alone(rows):
-    pytest.importorskip("peft")
     t2s = make_tiny_t2s()
     t2s.add_adapter(make_adapter_config())
     t2s.train()
     t2s(**make_batch(rows)).loss.backward()
     for name, parameter in t2s.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
+
+
+def test_versions_of_transformers_and_peft_that_do_not_work_together(t2s, monkeypatch):
+    monkeypatch.setattr("indextts2_hf.modeling_t2s.MIN_PEFT_VERSION", "99.0")
+    message = (
+        f"transformers {transformers.__version__} asks for PEFT 99.0 or newer, but PEFT {version('peft')} is installed: "
+        '`pip install "indextts2-hf[train]"` installs versions that work together. Only adapters need PEFT.'
+    )
+    for change in (lambda: t2s.add_adapter(make_adapter_config()), lambda: t2s.load_adapter("somewhere")):
+        with pytest.raises(ImportError, match=re.escape(message)):
+            change()
+    assert not hasattr(t2s, "peft_config")
+
+
+def test_without_peft(t2s, monkeypatch):
+    monkeypatch.setattr("indextts2_hf.modeling_t2s.is_peft_available", lambda: False)
+    for change in (lambda: t2s.add_adapter(make_adapter_config()), lambda: t2s.load_adapter("somewhere")):
+        with pytest.raises(
+            ImportError, match=r"An adapter needs PEFT, which is not installed: `pip install .*\[train\]"
+        ):
+            change()
 
 
 # The recogniser

@@ -545,12 +545,6 @@ def test_a_swap_keeps_the_settings(settings, message, t2s, tiny_checkpoint, styl
     assert torch.equal(t2s(**batch).logits, before)
 
 
-def test_without_peft(t2s, monkeypatch):
-    monkeypatch.setattr("indextts2_hf.modeling_t2s.is_peft_available", lambda: False)
-    with pytest.raises(ImportError, match="An adapter needs PEFT, which is not installed"):
-        t2s.load_adapter("somewhere")
-
-
 def test_an_adapter_whose_base_is_not_there(tiny_checkpoint, tmp_path, capsys):
     folder = make_adapter(tiny_checkpoint, tmp_path / "style")
     assert command_line(["info", str(folder)]) != 0

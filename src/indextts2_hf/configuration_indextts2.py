@@ -116,7 +116,8 @@ class IndexTTS2T2SConfig(PreTrainedConfig):
     """
 
     model_type = "indextts2_t2s"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # The cache, by its name before transformers 5.24 and since.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"vocab_size": "semantic_vocab_size"}
 
     # Switches of the stock GPT-2 block that no IndexTTS2 checkpoint changes.

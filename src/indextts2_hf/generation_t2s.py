@@ -3,6 +3,7 @@ Generation of semantic tokens: the generation config with its token-count contro
 sampling row by row, the cache, and the hooks into the stock `generate`. The network itself is in `modeling_t2s.py`.
 """
 
+import inspect
 import math
 from numbers import Integral, Real
 from typing import Any
@@ -25,6 +26,9 @@ from transformers.generation.utils import GenerateOutput
 _FORBIDDEN = -1e9
 # Tokens for which a cache has room when it has to move.
 _CACHE_ROOM = 128
+# What transformers calls the cache: `past_key_values` up to 5.23, `cache` since.
+_TAKES_CACHE = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAME = "cache" if _TAKES_CACHE else "past_key_values"
 # The settings that are not stock.
 OWN_SETTINGS = ("num_semantic_tokens", "duration_conditioning", "text_guidance_scale", "num_candidates")
 
@@ -74,6 +78,20 @@ class IndexTTS2GenerationConfig(GenerationConfig):
     def from_model_config(cls, model_config) -> GenerationConfig:
         # The stock method fills a config from fields that ours does not have; it is for models without a generation config.
         raise NotImplementedError("IndexTTS2 keeps its generation settings in `generation_config.json`.")
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """
+    The cache, which has two names: that of transformers 5.24 and newer, and the older one.
+
+    Raises:
+        ValueError: it was given under both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            "`cache` and `past_key_values` are two names of one argument, but both were given: give `cache`."
+        )
+    return past_key_values if cache is None else cache
 
 
 def check_num_semantic_tokens(
@@ -343,7 +361,7 @@ class IndexTTS2GenerationMixin(GenerationMixin):
                 Settings instead of the model's own.
             kwargs:
                 Generation settings, `num_semantic_tokens`, `duration_conditioning`, `text_guidance_scale` and `num_candidates`
-                among them; see [`IndexTTS2GenerationConfig`].
+                among them; see [`IndexTTS2GenerationConfig`]. The cache is `cache`, or `past_key_values`, its older name.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, num_generated)`: semantic ids without the start id; a row that ended
@@ -355,6 +373,9 @@ class IndexTTS2GenerationMixin(GenerationMixin):
                 several sequences are asked for.
         """
         generation_config, kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         if (inputs_embeds is None) == (input_ids is None):
             raise ValueError(
                 "`generate` takes either text (`input_ids` with `speaker_latents`) or a prefix made by `prepare_prefix` "
@@ -524,13 +545,14 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         prefix_length: torch.LongTensor | None = None,
         textless_embeds: torch.Tensor | None = None,
         textless_mask: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         if textless_mask is not None:
@@ -546,10 +568,10 @@ class IndexTTS2GenerationMixin(GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: one_cache(cache, past_key_values)},
             **kwargs,
         )
         # `forward` calls text `input_ids` and what is generated `semantic_ids`.
@@ -567,19 +589,19 @@ class IndexTTS2GenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        is_given = model_kwargs.get("past_key_values") is not None
+        is_given = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if not is_given and type(cache) is DynamicCache:
             cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
-    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
+    def _reorder_cache(self, cache: Cache, beam_idx: torch.LongTensor) -> Cache:
         # Under text guidance the rows without text are behind all the others.
-        num_rows = past_key_values.layers[0].keys.shape[0]
+        num_rows = cache.layers[0].keys.shape[0]
         if num_rows == 2 * len(beam_idx):
             beam_idx = torch.cat([beam_idx, beam_idx + len(beam_idx)])
-        past_key_values.reorder_cache(beam_idx)
-        return past_key_values
+        cache.reorder_cache(beam_idx)
+        return cache
 
 
 __all__ = [

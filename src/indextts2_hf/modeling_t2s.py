@@ -13,26 +13,40 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput, can_return_tuple, find_adapter_config_file, is_peft_available
+from transformers.utils import (
+    can_return_tuple,
+    check_peft_version,
+    find_adapter_config_file,
+    is_peft_available,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_indextts2 import IndexTTS2T2SConfig
-from .generation_t2s import IndexTTS2GenerationConfig, IndexTTS2GenerationMixin, check_num_semantic_tokens
+from .generation_t2s import (
+    CACHE_NAME,
+    IndexTTS2GenerationConfig,
+    IndexTTS2GenerationMixin,
+    check_num_semantic_tokens,
+    one_cache,
+)
 
 
 # The linear layers that a LoRA adapter of this model should target.
@@ -63,7 +77,7 @@ _RECOGNIZER_DILATIONS = (1, 2, 4, 8, 1, 2, 1)
 
 
 @dataclass
-class IndexTTS2T2SOutput(ModelOutput):
+class IndexTTS2T2SOutput(CausalLMOutputWithPast):
     r"""
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*):
@@ -80,22 +94,17 @@ class IndexTTS2T2SOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_rows, hidden_size)`):
             Normalised states of the rows of `logits`. Without the last row they are the `t2s_hidden_states` of the codes:
             row `i` is the state from which code `i` is predicted.
-        past_key_values (`Cache`, *optional*):
-            Key/value cache of the trunk.
+        cache (`Cache`, *optional*):
+            Key/value cache of the trunk. Before transformers 5.24 its name is `past_key_values`.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
             States and attention weights of the trunk's blocks, when asked for.
     """
 
-    loss: torch.FloatTensor | None = None
     semantic_loss: torch.FloatTensor | None = None
     text_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     text_logits: torch.FloatTensor | None = None
     emotion_embeds: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 def sinusoidal_positions(length: int, size: int, device: torch.device) -> torch.Tensor:
@@ -112,6 +121,23 @@ def mean_cross_entropy(logits: torch.Tensor, targets: torch.LongTensor) -> torch
     """
     losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=-100, reduction="none")
     return (losses.sum(dim=1) / (targets != -100).sum(dim=1)).mean()
+
+
+def _check_peft() -> None:
+    """
+    Raises:
+        ImportError: PEFT is not installed, or is older than the installed transformers asks for.
+    """
+    way_out = '`pip install "indextts2-hf[train]"` installs versions that work together. Only adapters need PEFT.'
+    if not is_peft_available():
+        raise ImportError(f"An adapter needs PEFT, which is not installed: {way_out}")
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        raise ImportError(
+            f"Adapters do not work with these two versions: transformers {transformers.__version__} asks for PEFT "
+            f"{MIN_PEFT_VERSION} or newer, but PEFT {version('peft')} is installed: {way_out}"
+        ) from error
 
 
 def _read_adapter_settings(
@@ -449,7 +475,7 @@ class IndexTTS2T2SPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPT2Block", "ConformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -511,6 +537,7 @@ class IndexTTS2T2SModel(IndexTTS2T2SPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -519,36 +546,35 @@ class IndexTTS2T2SModel(IndexTTS2T2SPreTrainedModel):
                 Rows to read, with their position embeddings.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 1 for rows that may be seen.
-            past_key_values (`Cache`, *optional*):
-                Keys and values of the rows before.
+            cache, past_key_values (`Cache`, *optional*):
+                Keys and values of the rows before, under one of the two names.
             use_cache (`bool`, *optional*):
                 Whether to return the cache; `config.use_cache` by default.
 
         Returns:
             `BaseModelOutputWithPast` whose `last_hidden_state` has the shape of `inputs_embeds`.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
         )
         hidden_states = self.dropout(inputs_embeds)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                past_key_values=past_key_values,
                 attention_mask=causal_mask,
                 use_cache=use_cache,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         # Parity: GPT-2's own last norm and a second one behind it.
         hidden_states = self.final_norm(self.norm(hidden_states))
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache if use_cache else None})
 
 
 class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS2GenerationMixin):
@@ -663,7 +689,13 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         return f"{self.config.num_hidden_layers}x{self.config.hidden_size}-{digest[:16]}"
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """As in transformers; the adapter's configuration then also says which weights it belongs to."""
+        """
+        As in transformers; the adapter's configuration then also says which weights it belongs to.
+
+        Raises:
+            ImportError: PEFT is not installed, or is older than the installed transformers asks for.
+        """
+        _check_peft()
         super().add_adapter(adapter_config, adapter_name)
         # The one field of a PEFT configuration that takes keys of our own.
         adapter_config.auto_mapping = {
@@ -687,12 +719,11 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
             What transformers returns: a report of the weights.
 
         Raises:
-            ImportError: PEFT is not installed.
+            ImportError: PEFT is not installed, or is older than the installed transformers asks for.
             ValueError: the adapter was made for another base, is damaged, or differs in its settings from the one whose place
                 it takes. Nothing of it is kept, and the adapters beside it stay as they were.
         """
-        if not is_peft_available():
-            raise ImportError("An adapter needs PEFT, which is not installed: `pip install peft`.")
+        _check_peft()
         adapter_name = adapter_name or "default"
         label = adapter_name if peft_model_id is None else str(peft_model_id)
         settings = _read_adapter_settings(peft_model_id, **kwargs)
@@ -962,6 +993,7 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         use_cache: bool | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> IndexTTS2T2SOutput:
         r"""
@@ -985,8 +1017,8 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
                 Rows of the semantic position table for `semantic_ids`; 1, 2, 3 … by default.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, prefix_length, hidden_size)`, *optional*):
                 A prefix made by `prepare_prefix`, instead of text, voice and emotion.
-            past_key_values (`Cache`, *optional*):
-                Cache of everything before `semantic_ids`.
+            cache, past_key_values (`Cache`, *optional*):
+                Cache of everything before `semantic_ids`, under one of the two names.
             use_cache (`bool`, *optional*):
                 Whether to return the cache.
             labels (`torch.LongTensor` of shape `(batch_size, num_semantic_tokens)`, *optional*):
@@ -998,10 +1030,11 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
             [`IndexTTS2T2SOutput`]
 
         Raises:
-            ValueError: nothing to read, or labels without text.
+            ValueError: nothing to read, labels without text, or a cache under both of its names.
         """
+        cache = one_cache(cache, past_key_values)
         is_first = inputs_embeds is not None or input_ids is not None
-        if not is_first and past_key_values is None:
+        if not is_first and cache is None:
             raise ValueError("`forward` needs text (`input_ids`) or a prefix (`inputs_embeds`), but got neither.")
         if labels is not None and semantic_ids is None:
             semantic_ids = labels.masked_fill(labels < 0, self.config.semantic_stop_token_id)
@@ -1031,7 +1064,7 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
         outputs = self.model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
@@ -1056,9 +1089,9 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
             text_logits=text_logits,
             emotion_embeds=emotion_embeds,
             last_hidden_state=hidden_states,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _semantic_loss(self, logits: torch.Tensor, labels: torch.LongTensor) -> torch.Tensor:

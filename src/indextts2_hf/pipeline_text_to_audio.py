@@ -165,7 +165,7 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         """
         preprocess_params, forward_params, _ = self._sanitize_parameters(**self._named(**kwargs))
         inputs = self.preprocess(text, **(self._preprocess_params | preprocess_params))
-        inputs = self._ensure_tensor_on_device(inputs, device=self.device)
+        inputs = inputs.to(self.device)
         arguments = {**forward_params["forward_params"], **forward_params["generate_kwargs"]}
         yield from self.model.stream(**inputs, **self._resolve(arguments))
 
