@@ -509,9 +509,9 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: there are adapters on that transformer, which would be saved in its place.
         """
-        if self.t2s._hf_peft_config_loaded:
+        if adapters := getattr(self.t2s, "peft_config", None):
             raise ValueError(
-                f"The text-to-semantic transformer has the adapters {list(self.t2s.peft_config)}, which would be saved in its "
+                f"The text-to-semantic transformer has the adapters {list(adapters)}, which would be saved in its "
                 "place. Save an adapter with `model.t2s.save_pretrained`; its base is saved already."
             )
         os.makedirs(save_directory, exist_ok=True)
@@ -1036,7 +1036,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             with open(os.path.join(folder, name), "rb") as file:
                 digest.update(file.read())
         name = f"voice-{digest.hexdigest()[:16]}"
-        active = t2s.active_adapters() if t2s._hf_peft_config_loaded else []
+        active = t2s.active_adapters() if hasattr(t2s, "peft_config") else []
         # Layers with adapters say whether these are switched off; a model has a method of that name.
         switches = (getattr(module, "disable_adapters", None) for module in t2s.modules())
         was_off = not active or any(is_off is True for is_off in switches)
@@ -1049,7 +1049,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         finally:
             if active:
                 t2s.set_adapter(active)
-            if was_off and t2s._hf_peft_config_loaded:
+            if was_off and hasattr(t2s, "peft_config"):
                 t2s.disable_adapters()
 
     def _generation_settings(self, generation_config: GenerationConfig | None, **kwargs: Any) -> GenerationConfig:
