@@ -572,6 +572,16 @@ class TestVoice:
         arguments[3] = "other.safetensors"
         assert_refused(run(*arguments), "a file cannot hold the --adapter", left=left)
 
+    def test_an_adapter_beside_versions_that_do_not_work_together(
+        self, run, tiny_checkpoint, tmp_path_factory, monkeypatch
+    ):
+        monkeypatch.setattr("indextts2_hf.modeling_t2s.MIN_PEFT_VERSION", "99.0")
+        folder = tmp_path_factory.mktemp("style")
+        settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_checkpoint)}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        (folder / "adapter_model.safetensors").touch()
+        assert_refused(run("speak", HELLO, "-q", "--model", folder), "asks for PEFT 99.0 or newer, but PEFT")
+
     def test_a_voice_that_is_nowhere(self, run):
         message = "There is no voice 'someone/nobody': it is no file or folder here, no voice of this checkpoint"
         assert_refused(run("speak", HELLO, "--voice", "someone/nobody"), message)

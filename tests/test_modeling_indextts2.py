@@ -784,6 +784,7 @@ def test_arguments_of_loading(tiny_checkpoint):
     assert model.config.name_or_path == model.t2s.name_or_path == str(tiny_checkpoint)
 
 
+@pytest.mark.lora
 def test_adapter_folder(tiny_checkpoint, tmp_path):
     base = AutoModelForTextToWaveform.from_pretrained(tiny_checkpoint)
     base.t2s.add_adapter(LoraConfig(r=4, target_modules=["c_attn", "c_proj", "c_fc"]))
