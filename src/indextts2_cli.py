@@ -232,6 +232,12 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
         help="a recording (its first 15 s are used), a file or voice pack of `indextts2 voice`, the name of a voice of the "
         "model, or the Hub repository of a voice pack (default: the model's own)",
     )
+    who.add_argument(
+        "--adapter",
+        type=input_folder,
+        metavar="DIR",
+        help="an adapter on the model; needed where the adapter as --model does not find its base",
+    )
 
     emotion = parser.add_argument_group("emotion", "one of the first three; otherwise that of the voice")
     kind = emotion.add_mutually_exclusive_group()

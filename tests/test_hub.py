@@ -258,14 +258,20 @@ def test_the_card_of_a_trained_adapter_keeps_its_figures(tiny_adapter, tmp_path,
         data={"clips": "12"},
         settings={"rank": 4},
         before={"semantic_cross_entropy_per_token": 4.5},
-        after={"semantic_cross_entropy_per_token": 4.25},
+        after={"semantic_cross_entropy_per_token": 4.25, "num_clips": 12, "standard_error_of_change_per_token": 0.1},
     )
     # A paragraph of its own.
     card = (folder / "README.md").read_text()
     assert f"\n\nNo figures of quality were measured for this adapter.\n{EVALUATION_MARK}\n\n" in card
     assemble_hub_folder(folder, tmp_path / "out", "someone/sad", base_model="someone/tiny", evaluation=report)
     card = card_of(tmp_path / "out")
-    for words in ("4.5 to 4.25 nats", "| clips | 12 |", "| rank | 4 |", "| base | `someone/tiny` |", "| 12.5 |"):
+    for words in (
+        "better than its base: 4.5 to 4.25 nats",
+        "| clips | 12 |",
+        "| rank | 4 |",
+        "| base | `someone/tiny` |",
+        "| 12.5 |",
+    ):
         assert words in card.text, words
     assert 'from_pretrained("someone/sad")' in card.text and str(tmp_path) not in card.content
     assert "No figures" not in card.text

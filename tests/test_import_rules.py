@@ -33,11 +33,17 @@ PUBLIC = {
 }
 ALLOWED = {
     "__init__": PUBLIC,
-    "cards": {"emotion", "pipeline_s2m"},
+    "cards": {"configuration_indextts2", "emotion", "pipeline_s2m"},
     "cli": PUBLIC | {"cards", "convert_original_checkpoint", "hub"},
     "convert_original_checkpoint": PUBLIC | {"cards"},
     "hub": PUBLIC | {"cards"},
-    "pipeline_text_to_audio": {"modeling_indextts2", "processing_indextts2", "emotion", "pipeline_s2m"},
+    "pipeline_text_to_audio": {
+        "configuration_indextts2",
+        "modeling_indextts2",
+        "processing_indextts2",
+        "emotion",
+        "pipeline_s2m",
+    },
     "modeling_indextts2": {"modeling_t2s", "configuration_indextts2", "generation_t2s", "pipeline_s2m"},
     "pipeline_s2m": {
         "modeling_s2m",

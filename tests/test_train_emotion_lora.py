@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from indextts2_hf import (
     IndexTTS2ForTextToWaveform,
     IndexTTS2T2SForConditionalGeneration,
     IndexTTS2TextToAudioPipeline,
+    embedded_checkpoint,
 )
 from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES
 from programs import TRAINING, read_log, run_killed, run_program, run_ranks, run_to_error
@@ -29,11 +31,13 @@ STYLE = range(8)  # of 64 codes
 FIGURE = "eval/semantic_cross_entropy_per_token"
 
 
-def change_rows(features, folder, change):
-    """A copy of prepared features in which `change` was made to each row."""
+def change_rows(features, folder, change, num_copies=1):
+    """A copy of prepared features in which `change` was made to each row; held-out clips as often as asked, by other names."""
     for split in ("train", "validation"):
         table = load_from_disk(features / split / "shard-00000")
         rows = [change(row) for row in table.to_list()]
+        if split == "validation":
+            rows = [row | {"clip": f"{copy}{row['clip']}"} for copy in range(num_copies) for row in rows]
         type(table).from_list(rows, features=table.features).save_to_disk(folder / split / "shard-00000")
     shutil.copy(features / "features.json", folder)
     return folder
@@ -46,7 +50,7 @@ def style_features(tiny_features, tmp_path_factory):
     def restrict(row):
         return row | {"semantic_ids": [code % len(STYLE) for code in row["semantic_ids"]]}
 
-    return change_rows(tiny_features, tmp_path_factory.mktemp("style"), restrict)
+    return change_rows(tiny_features, tmp_path_factory.mktemp("style"), restrict, num_copies=2)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +73,14 @@ def adapter(options, tiny_features, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def short_run(options, tmp_path_factory):
-    """The folder of a few steps, by the program as a process of its own."""
+def short_run(options, tiny_checkpoint, tmp_path_factory):
+    """The folder of a few steps, by the program as a process of its own, to which the base was named by a relative path."""
     out = tmp_path_factory.mktemp("adapters") / "short"
     command = [sys.executable, TRAINING / "train_emotion_lora.py", "--output", out, *options, "--eval_steps", 2]
-    result = subprocess.run([str(item) for item in command], capture_output=True, text=True)
+    command += ["--model", tiny_checkpoint.name]
+    result = subprocess.run(
+        [str(item) for item in command], capture_output=True, text=True, cwd=tiny_checkpoint.parent
+    )
     assert result.returncode == 0, result.stderr
     assert "4,096 trainable parameters" in result.stderr
     assert "minutes of speech in 12 rows of 3 speakers" in result.stderr
@@ -113,7 +120,7 @@ def first_batch(features, size=2):
 
 def test_as_a_program_of_its_own(short_run, tiny_checkpoint, tmp_path, capsys):
     out = short_run
-    # The adapter alone, in float32, that names its base as it was given.
+    # The adapter alone, in float32, that names its base so that it is found from any folder.
     for folder in (out, out / "last"):
         names = {path.name for path in folder.iterdir() if path.is_file()} - {"log.jsonl", "run.json"}
         assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -127,6 +134,14 @@ def test_as_a_program_of_its_own(short_run, tiny_checkpoint, tmp_path, capsys):
     evaluations = read_log(out, "eval/")
     assert [row["step"] for row in evaluations] == [0, 2, 4]
     names = {"semantic_cross_entropy_per_token", "token_accuracy", "semantic_tokens_per_text_token"}
+    names |= {"num_clips", "standard_error_of_change_per_token"}
+    # The base, which a new adapter does not change, and what it learnt.
+    assert [row["eval/num_clips"] for row in evaluations] == [12] * 3
+    assert (
+        evaluations[0]["eval/standard_error_of_change_per_token"]
+        == 0
+        < evaluations[2]["eval/standard_error_of_change_per_token"]
+    )
     assert {key.removeprefix("eval/") for key in evaluations[0]} == names | {
         "step",
         "recorded_semantic_tokens_per_text_token",
@@ -228,13 +243,13 @@ def test_it_stops_early_and_says_that_it_got_worse(options, tiny_features, tmp_p
         return row | {"semantic_ids": [code % 8 + 8 * (row["clip"][-1] in "45") for code in row["semantic_ids"]]}
 
     out = tmp_path / "run"
-    options = [*options, "--data", change_rows(tiny_features, tmp_path / "features", part), "--learning_rate", 0.02]
+    options = [*options, "--data", change_rows(tiny_features, tmp_path / "features", part, 2), "--learning_rate", 0.02]
     options += ["--max_train_steps", 240, "--eval_steps", 30, "--patience", 2, "--batch_size", 4]
     said = run_program("train_emotion_lora", "--output", out, *options)
     evaluations = read_log(out, "eval/")
     best = min(range(1, len(evaluations)), key=lambda index: evaluations[index][FIGURE])
     assert len(evaluations) == best + 1 + 2 < 9 and evaluations[best][FIGURE] > evaluations[0][FIGURE]
-    assert "No better evaluation in 2: stopped" in said and "it got worse" in said
+    assert "No better evaluation in 2: stopped" in said and "worse than its base" in said
     for folder, row in ((out, evaluations[best]), (out / "last", evaluations[-1])):
         card = (folder / "README.md").read_text()
         assert f"worse than its base: {evaluations[0][FIGURE]:.4g} to {row[FIGURE]:.4g} nats" in card
@@ -257,7 +272,10 @@ def test_the_card(adapter, tiny_checkpoint, style_features):
         "| rank | 4 |",
         "| replay share | 0.25 |",
         f"| token accuracy | {evaluations[0]['eval/token_accuracy']:.4g} |",
-        "On the held-out clips of the style it is better than its base",
+        f"On the held-out clips of the style it is better than its base: {evaluations[0][FIGURE]:.4g} to ",
+        "nats per semantic token over 12 clips, a change of -",
+        # Of ordinary speech only six clips are held out.
+        "nats per semantic token over 6 clips; at least 8 are needed to show which is better.",
         "disable_adapters()",
     ):
         assert text in card.text, text
@@ -267,11 +285,59 @@ def test_the_card(adapter, tiny_checkpoint, style_features):
 def test_the_card_of_an_adapter_for_a_repository(tmp_path):
     from indextts2_hf.cards import write_adapter_card
 
-    same = {"semantic_cross_entropy_per_token": 4.0}
-    write_adapter_card(tmp_path, name="happy", base="somebody/base", data={}, settings={}, before=same, after=same)
+    figures = {"semantic_cross_entropy_per_token": 4.0, "num_clips": 1}
+    write_adapter_card(
+        tmp_path, name="happy", base="somebody/base", data={}, settings={}, before=figures, after=figures
+    )
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("somebody/base", "adapter")
-    assert "no better than its base: 4 to 4 nats" in card.text
+    assert "| semantic cross entropy per token | 4 | 4 |" in card.text and "num clips" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("after", "num_clips", "error", "verdict"),
+    [
+        (3.0, 1, None, "On them it goes from 4 to 3 nats per semantic token over 1 clip; at least 8 are needed to show which is better."),
+        (3.0, 7, 0.01, "On them it goes from 4 to 3 nats per semantic token over 7 clips; at least 8 are needed"),
+        (3.8, 8, 0.09, "On them it is better than its base: 4 to 3.8 nats per semantic token over 8 clips, a change of -0.2 with"),
+        (3.8, 8, 0.11, "On them it goes from 4 to 3.8 nats per semantic token over 8 clips, a change of -0.2 with a standard error of 0.11, which does not show which is better."),
+        (4.2, 8, 0.11, "On them it goes from 4 to 4.2 nats per semantic token over 8 clips, a change of 0.2 with a standard error of 0.11, which does not show"),
+        (4.2, 50, 0.05, "**On them it is worse than its base: 4 to 4.2 nats per semantic token over 50 clips"),
+        (4.0, 50, 0.0, "On them it goes from 4 to 4 nats per semantic token over 50 clips, a change of 0 with a standard error of 0, which does not"),
+    ],
+)  # fmt: skip
+def test_which_is_better_is_said_where_it_shows(after, num_clips, error, verdict):
+    from indextts2_hf.cards import compare_with_base
+
+    figures = {"semantic_cross_entropy_per_token": after, "num_clips": num_clips}
+    if error is not None:
+        figures["standard_error_of_change_per_token"] = error
+    assert compare_with_base({"semantic_cross_entropy_per_token": 4.0}, figures, "them").startswith(verdict)
+
+
+def test_the_standard_error_by_hand(short_run, tiny_checkpoint, style_features):
+    """Of the change of each clip, one clip at a time, with the adapter and without."""
+    from torch.nn.functional import cross_entropy
+
+    clips = load_features(style_features, "train")
+    dataset = T2SDataset(load_features(style_features, "validation"), 0, 0.3, True, prompts=clips)
+    t2s = load_t2s(tiny_checkpoint)
+    t2s.load_adapter(str(short_run / "last"))
+    losses = []
+    for row in range(len(dataset)):
+        batch = collate_t2s([dataset[row, row]])
+        targets = torch.cat([batch["labels"], torch.tensor([[t2s.config.semantic_stop_token_id]])], dim=1)
+        batch.pop("ids"), batch.pop("speaker_numbers"), batch.pop("emotion_numbers")
+        for switch in (t2s.disable_adapters, t2s.enable_adapters):
+            switch()
+            with torch.no_grad():
+                losses.append(float(cross_entropy(t2s(**batch).logits[0], targets[0])))
+    base, adapted = np.array(losses[::2]), np.array(losses[1::2])
+    first, _, last = read_log(short_run, "eval/")
+    assert first[FIGURE] == pytest.approx(base.mean(), rel=1e-5)
+    assert last[FIGURE] == pytest.approx(adapted.mean(), rel=1e-5)
+    error = np.std(adapted - base, ddof=1) / len(base) ** 0.5
+    assert last["eval/standard_error_of_change_per_token"] == pytest.approx(error, rel=1e-2)
 
 
 def test_replayed_clips_are_chosen_by_the_draw(style_features, tiny_features):
@@ -551,13 +617,130 @@ def test_an_adapter_whose_base_is_not_there(tiny_checkpoint, tmp_path, capsys):
     assert f"is an adapter of '{tiny_checkpoint}'" in capsys.readouterr().err
     settings = json.loads((folder / "adapter_config.json").read_text())
     for base, message in (
-        ("/no/such/base", "is for the base '/no/such/base', which is no folder here and could not be had"),
-        ("runs/base", "is for the base 'runs/base', which is no folder here and could not be had"),
+        (
+            "/no/such/base",
+            "is for the base '/no/such/base', which is no folder here or beside it and could not be had",
+        ),
+        ("runs/base", "is for the base 'runs/base', which is no folder here or beside it and could not be had"),
         ("", "does not say what its base is"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
         with pytest.raises(ValueError, match=message):
             IndexTTS2ForTextToWaveform.from_pretrained(folder, local_files_only=True)
+
+
+def name_base(folder, base):
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+
+
+def read_base(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_the_base_is_named_by_what_lasts(tiny_checkpoint, tmp_path, monkeypatch):
+    """A folder by its whole path, however it was named; the checkpoint of the package by `tiny`."""
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    relative = tiny_checkpoint.name
+    alone = load_t2s(relative)
+    composite = IndexTTS2ForTextToWaveform.from_pretrained(relative).t2s
+    embedded = load_t2s(str(embedded_checkpoint()))
+    expected = {"alone": str(tiny_checkpoint), "composite": str(tiny_checkpoint), "embedded": "tiny"}
+    for name, t2s in {"alone": alone, "composite": composite, "embedded": embedded}.items():
+        t2s.add_adapter(LoraConfig(r=4, target_modules=LORA_TARGET_MODULES, fan_in_fan_out=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # PEFT warns where it asked the Hub for the base in vain
+            t2s.save_pretrained(tmp_path / name)
+        assert read_base(tmp_path / name) == expected[name]
+    monkeypatch.chdir(tmp_path)
+    assert IndexTTS2ForTextToWaveform.from_pretrained("alone").config.name_or_path == str(tiny_checkpoint)
+    pipe = IndexTTS2TextToAudioPipeline.from_pretrained("embedded")
+    assert pipe.model.config.name_or_path == str(embedded_checkpoint())
+    assert len(pipe("Hello there.", duration_s=0.5)["audio"]) == pipe.model.config.sampling_rate // 2
+    # An old one, whose path was relative, names its base anew when it is saved again.
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    name_base(tmp_path / "alone", relative)
+    t2s = IndexTTS2ForTextToWaveform.from_pretrained(tmp_path / "alone").t2s
+    t2s.save_pretrained(tmp_path / "again")
+    assert read_base(tmp_path / "again") == str(tiny_checkpoint)
+
+
+def test_the_base_of_a_repository_is_that_commit(tiny_checkpoint, tmp_path):
+    from test_hub_round_trip import put_into_cache
+
+    put_into_cache(tiny_checkpoint, "someone/base", tmp_path / "cache")
+    cache = {"cache_dir": tmp_path / "cache"}
+    base = IndexTTS2TextToAudioPipeline.from_pretrained("someone/base", **cache)
+    base.model.t2s.add_adapter(LoraConfig(r=4, target_modules=LORA_TARGET_MODULES, fan_in_fan_out=True))
+    base.model.t2s.save_pretrained(tmp_path / "style")
+    settings = json.loads((tmp_path / "style/adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("someone/base", "0" * 40)
+    # Since then the repository has other weights.
+    repository = tmp_path / "cache/models--someone--base"
+    newer = shutil.copytree(repository / "snapshots" / ("0" * 40), repository / "snapshots" / ("1" * 40))
+    (repository / "refs/main").write_text("1" * 40)
+    (newer / "processor_config.json").unlink()
+    path = newer / "t2s/model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    pipe = IndexTTS2TextToAudioPipeline.from_pretrained(tmp_path / "style", **cache)
+    assert pipe.model.config.name_or_path == "someone/base" and pipe.model.t2s.revision == "0" * 40
+    # The adapter is new and changes nothing.
+    assert np.array_equal(*(speaker("Hello.", seed=1, duration_s=0.4)["audio"] for speaker in (base, pipe)))
+
+
+@pytest.mark.parametrize("named", ["/no/such/folder/tiny-random", "tiny-random", "models/tiny-random"])
+def test_a_base_that_was_moved_with_its_adapter(named, tiny_checkpoint, tmp_path):
+    folder = make_adapter(tiny_checkpoint, tmp_path / "runs/style/last")
+    name_base(folder, named)
+    base = tmp_path / ("models" if named.startswith("models") else "runs") / "tiny-random"
+    with pytest.raises(ValueError, match="which is no folder here or beside it"):
+        IndexTTS2ForTextToWaveform.from_pretrained(folder, local_files_only=True)
+    shutil.copytree(tiny_checkpoint, base)
+    model = IndexTTS2ForTextToWaveform.from_pretrained(folder)
+    assert model.config.name_or_path == str(base) and model.t2s.active_adapters() == ["default"]
+    # What is found there must be what the adapter was made for.
+    path = base / "t2s/model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"was made for .* \(weights .* is loaded. Load that base, or train"):
+        IndexTTS2ForTextToWaveform.from_pretrained(folder)
+
+
+def test_the_base_named_beside_the_adapter(tiny_checkpoint, tmp_path, capsys):
+    """The way out that the error names."""
+    folder = make_adapter(tiny_checkpoint, tmp_path / "style")
+    options = ["speak", "Hello.", "--seed", "1", "--duration-s", "0.4", "-o"]
+    assert command_line([*options, str(tmp_path / "a.wav"), "--model", str(folder)]) == 0
+    name_base(folder, "/no/such/base")
+    assert command_line([*options, str(tmp_path / "b.wav"), "--model", str(folder)]) == 2
+    errors = capsys.readouterr().err
+    assert "which is no folder here or beside it" in errors and "--model BASE with --adapter" in errors
+    model = ["--model", str(tiny_checkpoint), "--adapter", str(folder)]
+    assert command_line([*options, str(tmp_path / "b.wav"), *model]) == 0
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+    assert command_line([*options, str(tmp_path / "c.wav"), "--adapter", str(folder)]) == 2
+    assert "was made for '/no/such/base' (weights" in capsys.readouterr().err
+    assert not (tmp_path / "c.wav").exists()
+
+
+def test_no_path_of_this_machine_is_published(short_run, tiny_checkpoint, tmp_path):
+    from indextts2_hf.hub import assemble_hub_folder
+
+    with pytest.raises(ValueError, match="The base of this adapter is the folder .*--base-model"):
+        assemble_hub_folder(short_run, tmp_path / "out", "someone/style")
+    assemble_hub_folder(short_run, tmp_path / "named", "someone/style", base_model="someone/base")
+    own = shutil.copytree(short_run, tmp_path / "own", ignore=shutil.ignore_patterns("README.md"))
+    for name, folder in {"own-card": short_run, "new-card": own}.items():
+        # The checkpoint of the package has a name everywhere.
+        folder = shutil.copytree(folder, tmp_path / "sources" / name)
+        name_base(folder, "tiny")
+        assemble_hub_folder(folder, tmp_path / name, "someone/style")
+        assert read_base(tmp_path / name) == "tiny"
+        card = ModelCard.load(tmp_path / name / "README.md")
+        assert "| base | `tiny` |" in card.text and "base_model" not in card.data.to_dict()
+    assert read_base(tmp_path / "named") == "someone/base"
+    for name in ("named", "own-card", "new-card"):
+        for path in (tmp_path / name).iterdir():
+            assert not any(part in path.read_bytes() for part in (b"/tmp", bytes(tiny_checkpoint.parent))), path
 
 
 def test_a_model_with_an_adapter_is_not_saved_in_the_place_of_its_base(short_run, tmp_path):

@@ -19,13 +19,16 @@ lengths are ours.
 import argparse
 import copy
 import json
+import math
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 from torch.utils.data import Dataset
@@ -34,11 +37,13 @@ from transformers import LogitsProcessorList, get_cosine_schedule_with_warmup
 from checkpoint import load_part, save_trained_weights_alone
 from data import T2SDataset, collate_t2s, load_features
 from indextts2_hf import IndexTTS2T2SForConditionalGeneration
-from indextts2_hf.cards import write_adapter_card
+from indextts2_hf.cards import compare_with_base, write_adapter_card
+from indextts2_hf.configuration_indextts2 import lasting_name
 from indextts2_hf.generation_t2s import SeededSamplingLogitsProcessor
+from indextts2_hf.modeling_indextts2 import commit_of
 from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES
 from run import Run, add_run_arguments, parse_arguments, positive_int, run_program
-from train_t2s import token_accuracy
+from train_t2s import token_accuracy, token_targets
 
 
 FIGURE = "semantic_cross_entropy_per_token"
@@ -163,21 +168,63 @@ def speak(run: Run, model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: nn.Module, held_out_sets: dict[str, T2SDataset], stop_token_id: int) -> dict[str, float]:
-    """
-    Cross-entropy and accuracy on held-out clips of the style and, as `replay_…`, of ordinary speech; and the pace of the style.
-    Lengths, prompts and samples are drawn alike every time.
-    """
+def read_clips(
+    run: Run, model: nn.Module, dataset: T2SDataset, stop_token_id: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Of each batch: the cross-entropy per token of each clip, the accuracy, and how many clips count."""
     model.eval()
+    for batch, count in run.evaluation_batches(dataset, collate_t2s):
+        batch.pop("ids"), batch.pop("speaker_numbers"), batch.pop("emotion_numbers")
+        logits = model(**batch, use_cache=False).logits
+        targets = token_targets(batch["labels"], stop_token_id)
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")
+        accuracy = token_accuracy(logits, batch["labels"], stop_token_id)
+        yield losses.sum(dim=1) / (targets >= 0).sum(dim=1), accuracy, count
+    model.train()
+
+
+def read_with_base(
+    run: Run, model: nn.Module, held_out_sets: dict[str, T2SDataset], stop_token_id: int
+) -> dict[str, list[torch.Tensor]]:
+    """The cross-entropies of the held-out clips without the adapter, batch by batch."""
+    t2s: IndexTTS2T2SForConditionalGeneration = run.accelerator.unwrap_model(model)
+    t2s.disable_adapters()
+    losses = {
+        name: [losses for losses, _, _ in read_clips(run, model, dataset, stop_token_id)]
+        for name, dataset in held_out_sets.items()
+    }
+    t2s.enable_adapters()
+    return losses
+
+
+@torch.no_grad()
+def evaluate(
+    run: Run,
+    model: nn.Module,
+    held_out_sets: dict[str, T2SDataset],
+    base_losses: dict[str, list[torch.Tensor]],
+    stop_token_id: int,
+) -> dict[str, float]:
+    """
+    Cross-entropy and accuracy on held-out clips of the style and, as `replay_…`, of ordinary speech, with the number of clips and
+    the standard error of the change from the base, clip by clip; and the pace of the style. Lengths, prompts and samples are drawn
+    alike every time.
+    """
     figures = {}
     for name, dataset in held_out_sets.items():
         batches = []
-        for batch, count in run.evaluation_batches(dataset, collate_t2s):
-            batch.pop("ids"), batch.pop("speaker_numbers"), batch.pop("emotion_numbers")
-            output = model(**batch, use_cache=False)
-            accuracy = token_accuracy(output.logits, batch["labels"], stop_token_id)
-            batches.append(({FIGURE: output.semantic_loss, "token_accuracy": accuracy}, count))
-        figures |= {f"{name}{key}": value for key, value in run.mean_over_rows(batches).items()}
+        clips = read_clips(run, model, dataset, stop_token_id)
+        for (losses, accuracy, count), base in zip(clips, base_losses[name], strict=True):
+            change = losses - base
+            means = {"change": change.mean(), "square": change.square().mean()}
+            batches.append(({FIGURE: losses.mean(), "token_accuracy": accuracy} | means, count))
+        means = run.mean_over_rows(batches)
+        variance = max(0.0, means.pop("square") - means.pop("change") ** 2)
+        means["num_clips"] = len(dataset)
+        if len(dataset) > 1:
+            means["standard_error_of_change_per_token"] = math.sqrt(variance / (len(dataset) - 1))
+        figures |= {f"{name}{key}": value for key, value in means.items()}
+    model.eval()
     spoken = copy.copy(held_out_sets[""])
     spoken.targets = spoken.targets[: run.arguments.num_spoken]
     batches = [(speak(run, model, batch), count) for batch, count in run.evaluation_batches(spoken, collate_t2s)]
@@ -217,17 +264,15 @@ def write_cards(run: Run, description: dict[str, str]) -> None:
         write_adapter_card(
             folder,
             name=name,
-            base=run.arguments.model,
+            base=lasting_name(run.arguments.model),
             data=description,
             settings={"steps": row["step"]} | settings,
             before=evaluations[0],
             after=evaluations[1],
         )
-    change = best[f"eval/{FIGURE}"] - before[f"eval/{FIGURE}"]
-    run.say(
-        f"{run.folder}: held-out cross-entropy {before[f'eval/{FIGURE}']:.4g} before, {best[f'eval/{FIGURE}']:.4g} after {best['step']} steps"
-        + (": it got worse." if change > 0 else ".")
-    )
+        if row is best:
+            verdict = compare_with_base(*evaluations, "the held-out clips of the style")
+            run.say(f"{run.folder}, after {row['step']} steps: {verdict}")
 
 
 def main() -> None:
@@ -265,8 +310,9 @@ def main() -> None:
     )
     dtype = BASE_DTYPES[arguments.mixed_precision]
     t2s = load_part(IndexTTS2T2SForConditionalGeneration, run.base, "t2s", dtype, **dropout)
-    # The adapter names its base by this: as it was given, not by a folder of the cache.
+    # The adapter names its base by this, not by a folder of the cache.
     t2s.name_or_path = arguments.model
+    t2s.revision = None if Path(arguments.model).is_dir() else commit_of(run.base)
     t2s.add_adapter(
         LoraConfig(
             r=arguments.rank,
@@ -305,9 +351,10 @@ def main() -> None:
     )
 
     # Loop
+    base_losses = read_with_base(run, t2s, held_out_sets, stop_token_id)
     if run.step == 0:
         # The base: a new adapter changes nothing. It is no candidate, for an adapter without effect would be no use.
-        run.log_evaluation(evaluate(run, t2s, held_out_sets, stop_token_id))
+        run.log_evaluation(evaluate(run, t2s, held_out_sets, base_losses, stop_token_id))
     for batch in run.batches(loader):
         if run.evaluations_since_best >= arguments.patience:
             run.say(f"No better evaluation in {arguments.patience}: stopped at step {run.step}.")
@@ -333,7 +380,7 @@ def main() -> None:
             continue
         run.advance(scheduler.get_last_lr()[0])
         if run.should_evaluate:
-            run.keep_best(evaluate(run, t2s, held_out_sets, stop_token_id), FIGURE, parts)
+            run.keep_best(evaluate(run, t2s, held_out_sets, base_losses, stop_token_id), FIGURE, parts)
         if run.should_save:
             run.save_state()
         if run.is_done:

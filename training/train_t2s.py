@@ -264,11 +264,16 @@ class GuidedAttention:
         return torch.stack(losses).mean() / (targets >= 0).sum().clamp(min=1)
 
 
+def token_targets(labels: torch.LongTensor, stop_token_id: int) -> torch.LongTensor:
+    """What the rows of the logits are to predict: the codes of each row, then the stop token, then -100."""
+    num_codes = (labels >= 0).sum(dim=1, keepdim=True)
+    return F.pad(labels, (0, 1), value=-100).scatter(1, num_codes, stop_token_id)
+
+
 def token_accuracy(logits: torch.Tensor, labels: torch.LongTensor, stop_token_id: int) -> torch.Tensor:
     """Share of the tokens, stop included, whose most likely id is right, in teacher forcing: the mean over rows."""
-    num_codes = (labels >= 0).sum(dim=1, keepdim=True)
-    targets = F.pad(labels, (0, 1), value=-100).scatter(1, num_codes, stop_token_id)
-    return ((logits.argmax(dim=-1) == targets).sum(dim=1) / (num_codes[:, 0] + 1)).mean()
+    targets = token_targets(labels, stop_token_id)
+    return ((logits.argmax(dim=-1) == targets).sum(dim=1) / (targets >= 0).sum(dim=1)).mean()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .configuration_indextts2 import EMBEDDED_NAME
 from .emotion import EMOTIONS
 
 
@@ -18,6 +19,12 @@ EVALUATION_MARK = "<!-- evaluation -->"
 CARD_MARK = (
     "<!-- Made from the template of indextts2-hf; `indextts2 push` makes it anew unless this line is removed. -->"
 )
+
+# Held-out clips from which on a card says which of two is better; and the figures that it says so by.
+MIN_CLIPS = 8
+_CROSS_ENTROPY = "semantic_cross_entropy_per_token"
+_NUM_CLIPS = "num_clips"
+_STANDARD_ERROR = "standard_error_of_change_per_token"
 
 ORIGINAL = "IndexTeam/IndexTTS-2"
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -51,19 +58,20 @@ def finish_card(
                 figures=figures,
             )
         elif kind == "adapter":
+            base_model = known.get("base_model")  # none for the checkpoint of the package
             _write_card(
                 target,
                 ModelCardData(
                     license=known.get("license", "other"),
                     language=languages or None,
                     datasets=datasets or None,
-                    base_model=known["base_model"],
-                    base_model_relation="adapter",
+                    base_model=base_model,
+                    base_model_relation="adapter" if base_model else None,
                     **ADAPTER_DATA,
                 ),
                 name=repo_id,
                 kind=kind,
-                base=known["base_model"],
+                base=base_model or EMBEDDED_NAME,
                 figures=figures,
             )
         else:
@@ -72,8 +80,10 @@ def finish_card(
     # Somebody's own words stay; but what they call it, and its base, is now on the Hub.
     title = re.search(r"^# (.+?)\s*$", old.text, re.MULTILINE)
     text = old.text if title is None else old.text.replace(f'"{title[1]}"', f'"{repo_id}"')
+    if kind == "adapter":
+        base = told.get("base_model", EMBEDDED_NAME)
+        text = re.sub(r"^\| base \| `.*` \|$", f"| base | `{base}` |", text, flags=re.MULTILINE)
     if "base_model" in told:
-        text = re.sub(r"^\| base \| `.*` \|$", f"| base | `{told['base_model']}` |", text, flags=re.MULTILINE)
         told.setdefault("base_model_relation", "adapter" if kind == "adapter" else None)
     if figures is not None:
         text = re.sub(
@@ -206,7 +216,8 @@ def write_adapter_card(
     license: str = "other",
 ) -> None:
     r"""
-    Writes `README.md` into the folder of an adapter: its base, what it learnt from and how, and whether it is better than its base.
+    Writes `README.md` into the folder of an adapter: its base, what it learnt from and how, its figures beside those of its base, and
+    which is better where the held-out clips can show it.
 
     Args:
         folder (`str` or `Path`):
@@ -214,24 +225,26 @@ def write_adapter_card(
         name (`str`):
             Title of the card.
         base (`str`):
-            Folder or repository of the checkpoint that it belongs to.
+            Folder or repository of the checkpoint that it belongs to; `"tiny"` for that of the package.
         data (`dict[str, str]`):
             What it learnt from, as lines of a table.
         settings (`dict[str, Any]`):
             How it was trained, likewise.
         before, after (`dict[str, float]`):
-            Figures of the base and of the adapter on held-out clips, by names that say their unit;
-            `semantic_cross_entropy_per_token` decides which is better. The names of those on ordinary speech begin with `replay_`.
+            Figures of the base and of the adapter on held-out clips, by names that say their unit, as for [`compare_with_base`]. The
+            names of those on ordinary speech begin with `replay_`.
         license (`str`, defaults to `"other"`):
             Licence of the adapter as the Hub calls it.
     """
-    figure = "semantic_cross_entropy_per_token"
-    verdict = _compare("the held-out clips of the style", before[figure], after[figure])
-    has_replay = f"replay_{figure}" in after
+    verdict = compare_with_base(before, after, "the held-out clips of the style")
+    has_replay = f"replay_{_CROSS_ENTROPY}" in after
     if has_replay:
-        verdict += " " + _compare("ordinary speech", before[f"replay_{figure}"], after[f"replay_{figure}"])
+        verdict += " " + compare_with_base(before, after, "ordinary speech", "replay_")
+    # What the verdict says.
+    told = {f"{prefix}{name}" for prefix in ("", "replay_") for name in (_NUM_CLIPS, _STANDARD_ERROR)}
+    after = {name: figure for name, figure in after.items() if name not in told}
     # The Hub takes names of repositories alone.
-    is_folder = Path(base).exists() or Path(base).is_absolute()
+    is_folder = base == EMBEDDED_NAME or Path(base).exists() or Path(base).is_absolute()
     _write_card(
         Path(folder),
         ModelCardData(
@@ -357,14 +370,37 @@ def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def _compare(clips: str, before: float, after: float) -> str:
-    """A sentence on two cross-entropies."""
-    if after < before:
-        return f"On {clips} it is better than its base: {before:.4g} to {after:.4g} nats per semantic token."
-    return f"**On {clips} it is {'worse than' if after > before else 'no better than'} its base: {before:.4g} to {after:.4g} nats per semantic token.**"
+def compare_with_base(before: dict[str, float], after: dict[str, float], clips: str, prefix: str = "") -> str:
+    r"""
+    A sentence on two cross-entropies. It says which is better only where there are at least `MIN_CLIPS` clips and the change, clip by
+    clip, is more than twice its standard error.
+
+    Args:
+        before, after (`dict[str, float]`):
+            Figures of the base and of the adapter: `semantic_cross_entropy_per_token`, and in the second one `num_clips` and, for more than
+            one clip, `standard_error_of_change_per_token`.
+        clips (`str`): what they were measured on.
+        prefix (`str`, defaults to `""`): of their names.
+    """
+    first, second = before[f"{prefix}{_CROSS_ENTROPY}"], after[f"{prefix}{_CROSS_ENTROPY}"]
+    num_clips = int(after[f"{prefix}{_NUM_CLIPS}"])
+    change = second - first
+    told = f"{first:.4g} to {second:.4g} nats per semantic token over {num_clips} clip{'s'[: num_clips != 1]}"
+    if num_clips < MIN_CLIPS:
+        return f"On {clips} it goes from {told}; at least {MIN_CLIPS} are needed to show which is better."
+    error = after[f"{prefix}{_STANDARD_ERROR}"]
+    told += f", a change of {change:.2g} with a standard error of {error:.2g}"
+    if abs(change) <= 2 * error:
+        return f"On {clips} it goes from {told}, which does not show which is better."
+    return (
+        f"On {clips} it is better than its base: {told}."
+        if change < 0
+        else f"**On {clips} it is worse than its base: {told}.**"
+    )
 
 
 __all__ = [
+    "compare_with_base",
     "figures_table",
     "finish_card",
     "read_card",

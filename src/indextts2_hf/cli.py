@@ -62,6 +62,8 @@ def speak(args: argparse.Namespace) -> None:
     with replaced_at_end(args.output) as output:
         stages.end("import")
         pipe = load_pipeline(args)
+        if args.adapter is not None:
+            pipe.model.t2s.load_adapter(str(args.adapter), "asked")
         stages.end("load")
         inputs = pipe.preprocess(
             text,

@@ -6,11 +6,17 @@ are their configuration. Nothing here knows about them.
 """
 
 import difflib
+import os
 from dataclasses import fields
+from importlib import resources
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 
+
+# What an adapter calls the checkpoint that comes with the package.
+EMBEDDED_NAME = "tiny"
 
 # Keys beside a config's own fields that transformers, PEFT and the Hub write into `config.json`.
 _FOREIGN_KEYS = {
@@ -26,6 +32,22 @@ _FOREIGN_KEYS = {
     "quantization_config",
     "torch_dtype",
 }
+
+
+def embedded_checkpoint() -> Path:
+    """The folder of the small checkpoint that comes with the package."""
+    return Path(str(resources.files(__package__) / "embedded"))
+
+
+def lasting_name(name: str) -> str:
+    """
+    The name of a checkpoint by which it is found from any folder: `"tiny"` for the one of the package, the absolute path of
+    another folder, a repository as it is.
+    """
+    if not os.path.isdir(name):
+        return name
+    is_embedded = os.path.realpath(name) == os.path.realpath(embedded_checkpoint())
+    return EMBEDDED_NAME if is_embedded else os.path.abspath(name)
 
 
 def check_keys(config: PreTrainedConfig, keys: list[str]) -> None:

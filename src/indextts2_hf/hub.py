@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, get_token
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .cards import finish_card, read_evaluation
-from .configuration_indextts2 import IndexTTS2Config
+from .configuration_indextts2 import EMBEDDED_NAME, IndexTTS2Config
 from .feature_extraction_indextts2 import IndexTTS2FeatureExtractor
 from .modeling_indextts2 import IndexTTS2ForTextToWaveform, check_settings_files, read_weight_shapes
 from .pipeline_s2m import ADAPTER_FILES, VOICE_FILE, VoicePrompt
@@ -313,11 +313,13 @@ def copy_voice(folder: Path, target: Path, license: str | None) -> None:
     pack.rmdir()
 
 
-def name_base(target: Path, base_model: str | None) -> str:
-    """Makes the adapter in `target` name its base by a repository, and gives that."""
+def name_base(target: Path, base_model: str | None) -> str | None:
+    """Makes the adapter in `target` name its base by a repository, and gives that; `None` for the checkpoint of the package."""
     path = target / ADAPTER_FILES[0]
     settings = json.loads(path.read_text(encoding="utf-8"))
     base = settings.get("base_model_name_or_path") or ""
+    if base_model is None and base == EMBEDDED_NAME:
+        return None
     if base_model is None and (not is_repository_id(base) or os.path.exists(base)):
         raise ValueError(
             f"The base of this adapter is the folder {base!r}, which nobody else has. Publish that first, and name its "

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput, logging
 
-from .configuration_indextts2 import IndexTTS2Config
+from .configuration_indextts2 import EMBEDDED_NAME, IndexTTS2Config, embedded_checkpoint
 from .generation_t2s import OWN_SETTINGS, IndexTTS2GenerationConfig, SeededSamplingLogitsProcessor
 from .modeling_t2s import IndexTTS2T2SForConditionalGeneration
 
@@ -264,9 +265,16 @@ def check_weights(part: torch.nn.Module, folder: str, shapes: dict[str, tuple[in
         )
 
 
+def commit_of(folder: str | os.PathLike) -> str | None:
+    """The commit whose files `snapshot_download` put into `folder`; `None` for another folder."""
+    path = Path(folder)
+    return path.name if path.parent.name == "snapshots" else None
+
+
 def read_adapter_base(folder: str) -> dict[str, str] | None:
     """
-    Name and revision of the base of an adapter folder, as arguments of `from_pretrained`; `None` if it is no adapter's.
+    Name and revision of the base of an adapter folder, as arguments of `from_pretrained`; `None` if it is no adapter's. The name
+    is that of a folder where there is one.
 
     Raises:
         ValueError: the adapter names no base.
@@ -282,9 +290,22 @@ def read_adapter_base(folder: str) -> dict[str, str] | None:
             "adapter_config.json, or load the base and use `model.t2s.load_adapter`."
         )
     return {
-        "pretrained_model_name_or_path": settings["base_model_name_or_path"],
+        "pretrained_model_name_or_path": _find_base(settings["base_model_name_or_path"], folder),
         "revision": settings.get("revision") or "main",
     }
+
+
+def _find_base(name: str, adapter: str) -> str:
+    """The folder of an adapter's base: that of the package, the one named, or one beside the adapter; else the name."""
+    if name == EMBEDDED_NAME:
+        return str(embedded_checkpoint())
+    if not os.path.isdir(name):
+        # The folder was moved together with its adapter, or its path was relative to where the adapter was made.
+        wanted = os.path.basename(os.path.normpath(name)) if os.path.isabs(name) else name
+        for parent in Path(adapter).resolve().parents[:3]:
+            if (parent / wanted / "config.json").is_file():
+                return str(parent / wanted)
+    return name
 
 
 class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
@@ -447,9 +468,10 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                     snapshot_download(name, revision=base["revision"], **download)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"The adapter {folder!r} is for the base {name!r}, which is no folder here and could not be had from the Hub "
-                    f"({str(error).splitlines()[0]}). Put the base there, or correct `base_model_name_or_path` in its "
-                    "adapter_config.json."
+                    f"The adapter {folder!r} is for the base {name!r}, which is no folder here or beside it and could not be had from "
+                    f"the Hub ({str(error).splitlines()[0]}). Put the base there, correct `base_model_name_or_path` in its "
+                    "adapter_config.json, or load the base and then the adapter: `model.t2s.load_adapter`, and --model BASE with "
+                    "--adapter for the command."
                 ) from error
             return cls.from_pretrained(
                 **base,
@@ -475,6 +497,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         )
         # An adapter made of it names its base by this, not by a folder of the cache.
         t2s.name_or_path = t2s.config.name_or_path = config.name_or_path
+        t2s.revision = commit_of(folder) if folder != config.name_or_path else None
         if os.path.isfile(os.path.join(folder, "generation_config.json")):
             t2s.generation_config = IndexTTS2GenerationConfig.from_pretrained(folder)
         try:

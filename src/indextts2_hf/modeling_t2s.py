@@ -39,7 +39,7 @@ from transformers.utils import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_indextts2 import IndexTTS2T2SConfig
+from .configuration_indextts2 import IndexTTS2T2SConfig, lasting_name
 from .generation_t2s import (
     CACHE_NAME,
     IndexTTS2GenerationConfig,
@@ -585,7 +585,12 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
 
     where slot one holds the asked length or a fixed learnt row (`config.use_length_row`). `prepare_prefix` makes all of it up
     to the semantic start token; `generate` and `forward` go on from there.
+
+    Attributes:
+        revision (`str`, *optional*): commit of the repository `name_or_path` that it came from, for its adapters.
     """
+
+    revision: str | None = None
 
     generation_config_class = IndexTTS2GenerationConfig
     # Near speakers look equal in half precision.
@@ -690,19 +695,33 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """
-        As in transformers; the adapter's configuration then also says which weights it belongs to.
+        As in transformers; the adapter's configuration then names its base so that it is found from any folder, and says which
+        weights it belongs to.
 
         Raises:
             ImportError: PEFT is not installed, or is older than the installed transformers asks for.
         """
         _check_peft()
         super().add_adapter(adapter_config, adapter_name)
+        adapter_config.base_model_name_or_path = lasting_name(self.name_or_path)
+        adapter_config.revision = self.revision
         # The one field of a PEFT configuration that takes keys of our own.
         adapter_config.auto_mapping = {
             "base_model_class": type(self).__name__,
             "parent_library": type(self).__module__,
             "base_fingerprint": self.fingerprint,
         }
+
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """As in transformers, without asking the Hub for the base: PEFT would, to see whether its vocabulary is the one here."""
+        config = self.peft_config[adapter_name or self.active_adapters()[0]]
+        base, config.base_model_name_or_path = config.base_model_name_or_path, None
+        try:
+            return super().get_adapter_state_dict(adapter_name, state_dict)
+        finally:
+            config.base_model_name_or_path = base
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
         r"""
@@ -764,6 +783,10 @@ class IndexTTS2T2SForConditionalGeneration(IndexTTS2T2SPreTrainedModel, IndexTTS
                 f"The adapter {label!r}, made for {base!r}, is damaged or does not fit {self.name_or_path!r}, which is "
                 f"loaded ({str(error).splitlines()[0]}). Load its base, or get it again."
             ) from error
+        if fingerprint is not None and self.name_or_path:
+            # Saved again, it names the base that it was found to fit.
+            self.peft_config[adapter_name].base_model_name_or_path = lasting_name(self.name_or_path)
+            self.peft_config[adapter_name].revision = self.revision
         # What was just loaded is to be heard, also where the adapters before it had been switched off.
         self.enable_adapters()
         return report

@@ -5,8 +5,6 @@ The front door: `IndexTTS2TextToAudioPipeline`, text to speech with a voice, an 
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from huggingface_hub import snapshot_download
 from transformers import BatchFeature, TextToAudioPipeline
 from transformers.pipelines.text_to_audio import AudioOutput
 
+from .configuration_indextts2 import embedded_checkpoint
 from .emotion import EmotionTextModel
 from .modeling_indextts2 import IndexTTS2ForTextToWaveform, IndexTTS2Output, IndexTTS2Segment
 from .processing_indextts2 import EmotionWeights, IndexTTS2Processor
@@ -27,11 +26,6 @@ _HUB_NAMES = ("cache_dir", "local_files_only", "token", "revision")
 # By which the path of a missing file is told from a repository.
 _FILE_ENDINGS = (".aac", ".aif", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus")
 _FILE_ENDINGS += (".safetensors", ".wav", ".webm", ".wma")
-
-
-def embedded_checkpoint() -> Path:
-    """The folder of the small checkpoint that comes with the package."""
-    return Path(str(resources.files(__package__) / "embedded"))
 
 
 class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
@@ -70,6 +64,8 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         if checkpoint != str(pretrained_model_name_or_path):
             # An adapter was asked for, and so was its revision; everything else is its base's.
             hub_arguments.pop("revision", None)
+            if model.t2s.revision is not None:
+                hub_arguments["revision"] = model.t2s.revision
         processor = IndexTTS2Processor.from_pretrained(checkpoint, **hub_arguments)
         pipeline = cls(model=model, processor=processor, tokenizer=processor.tokenizer, device=device)
         pipeline._hub_arguments = hub_arguments
