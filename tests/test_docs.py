@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from conftest import ASSETS, SAMPLING_RATE, make_speech
 from datasets import Audio, Dataset
 from parity import write_original_checkpoint
@@ -20,7 +21,7 @@ from test_evaluate import recognizer, speaker_model  # noqa: F401 - fixtures
 
 import indextts2_cli
 from indextts2_hf import IndexTTS2TextToAudioPipeline, VoicePrompt, embedded_checkpoint
-from programs import run_program
+from programs import run_program, start
 
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +140,54 @@ def test_batch_of_voices(workshop):
         audio, rate = soundfile.read(f"voices/{name}.wav")
         alone = pipe("Nice to meet you.", voice=voice, seed=0)
         assert rate == alone["sampling_rate"] and len(audio) == len(alone["audio"])
+
+
+def test_batch_of_voices_of_an_audio_folder(workshop, tiny_checkpoint):
+    """With a manifest, which may be in the folder of a split, and without one."""
+
+    def run(*arguments):
+        return run_program(
+            "../examples/batch_of_voices", *arguments, "--model", tiny_checkpoint, "--text", "Hi.", folder=workshop
+        )
+
+    folder = workshop / "people"
+    (folder / "train/clips").mkdir(parents=True)
+    for name, pitch_hz in (("anna", 210.0), ("anna-2", 215.0), ("ben", 110.0)):
+        soundfile.write(folder / f"train/clips/{name}.flac", make_speech(0.8, pitch_hz=pitch_hz), SAMPLING_RATE)
+    (folder / "train/clips/broken.wav").write_bytes(b"RIFF of nothing")
+    (folder / "train/metadata.csv").write_text(
+        "file_name,speaker\nclips/broken.wav,anna\nclips/anna.flac,anna\nclips/anna-2.flac,anna\n,ben\nclips/nobody.wav,ben\n"
+        "clips/ben.flac,ben\n",
+        encoding="utf-8",
+    )
+    said = run("people")
+    for words in (
+        "skipped clips/broken.wav: ",
+        "skipped clips/nobody.wav: there is no such file",
+        "skipped a row without a file_name: there is no such file",
+        "skipped 1 more recordings of speakers that were taken",
+        "000: speaker 'anna', clips/anna.flac, ",
+        "001: speaker 'ben', clips/ben.flac, ",
+    ):
+        assert words in said, said
+    assert sorted(path.name for path in Path("voices").glob("*.wav")) == ["000.wav", "001.wav"]
+    # The voices are those recordings.
+    pipe = IndexTTS2TextToAudioPipeline.from_pretrained(tiny_checkpoint)
+    for name, recording in (("000", "anna"), ("001", "ben")):
+        expected = pipe.load_voice(f"people/train/clips/{recording}.flac").speaker_embeds
+        assert torch.equal(VoicePrompt.load(f"voices/{name}.safetensors").speaker_embeds, expected)
+
+    # Without a manifest each file is a voice.
+    (folder / "train/metadata.csv").unlink()
+    said = run("people", "--output", "all", "--count", 2)
+    assert "000: speaker '0', clips/anna-2.flac" in said and "001: speaker '1', clips/anna.flac" in said
+    for path in folder.rglob("*.flac"):
+        path.unlink()
+    program = start(
+        "../examples/batch_of_voices", "people", "--model", tiny_checkpoint, "--output", "none", folder=workshop
+    )
+    assert program.wait() == 1
+    assert "people: there is no recording that can be used." in program.output and "Traceback" not in program.output
 
 
 def test_five_durations(workshop):
