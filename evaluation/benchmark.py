@@ -38,7 +38,7 @@ from indextts2_hf import (
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="checkpoint folder or Hub repository")
+    model.add_argument("--model", help="checkpoint: folder, Hub repository, or tiny, that of the package")
     model.add_argument("--random", action="store_true", help="the released model's sizes with random weights")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument(

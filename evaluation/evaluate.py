@@ -41,6 +41,7 @@ from tqdm import tqdm
 import metrics
 from indextts2_hf import IndexTTS2TextToAudioPipeline, VoicePrompt
 from indextts2_hf.cards import figures_table
+from indextts2_hf.configuration_indextts2 import EMBEDDED_NAME
 from indextts2_hf.emotion import EMOTIONS
 from indextts2_hf.feature_extraction_indextts2 import load_audio
 
@@ -419,7 +420,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, help="checkpoint or adapter: folder or repository")
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        help="checkpoint or adapter: folder, repository, or that of the package (default: %(default)s)",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--list", type=Path, help="what to say, as Seed-TTS-eval writes it")
     source.add_argument("--data", type=Path, help="audio folder")
@@ -442,7 +447,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="utterances said at once (default: %(default)s)")
     parser.add_argument(
-        "--max_text_tokens", type=int, metavar="N", help="most text tokens in a segment (default: the checkpoint's own)"
+        "--max_text_tokens",
+        type=int,
+        metavar="N",
+        help="most text tokens in a segment (default: the checkpoint's own)",
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser.parse_args()

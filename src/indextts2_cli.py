@@ -35,6 +35,9 @@ PATH_ERRORS = (
     errno.EROFS,
 )
 
+# As `configuration_indextts2` has it, which is slow to import.
+EMBEDDED_NAME = "tiny"
+
 REPOSITORY_ID = r"\w[\w.-]*/[\w.-]+"
 
 EPILOG = """\
@@ -109,6 +112,10 @@ def input_folder(text: str) -> Path:
     return path
 
 
+def checkpoint_folder(text: str) -> str | Path:
+    return text if text == EMBEDDED_NAME else input_folder(text)
+
+
 def output_file(*suffixes: str) -> Callable[[str], Path]:
     """A type for options: where a file of one of these kinds can be made."""
 
@@ -144,10 +151,12 @@ def repository_id(text: str) -> str:
 
 
 def model_name(text: str) -> str:
-    """A folder, or else something that can be the id of a repository on the Hub."""
+    """`tiny`, a folder, or else something that can be the id of a repository on the Hub."""
+    if text == EMBEDDED_NAME:
+        return text
     folder = Path(text).expanduser()
     if folder.is_dir():
-        return str(folder)
+        return os.path.join(os.curdir, folder) if str(folder) == EMBEDDED_NAME else str(folder)
     if folder.exists():
         raise argparse.ArgumentTypeError(f"{text!r} is a file, name a checkpoint folder or a Hub repository id")
     if re.fullmatch(REPOSITORY_ID, text) is None:
@@ -276,7 +285,10 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
     )
     segments = parser.add_argument_group("segments")
     segments.add_argument(
-        "--max-text-tokens", type=number(int, 1), metavar="N", help="most text tokens in a segment (default: 120)"
+        "--max-text-tokens",
+        type=number(int, 1),
+        metavar="N",
+        help="most text tokens in a segment (default: the model's own)",
     )
     segments.add_argument(
         "--segment-silence-s",
@@ -293,7 +305,7 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
         help="segments synthesised together; more is faster on a GPU and takes more memory (default: %(default)s)",
     )
 
-    sampling = parser.add_argument_group("sampling", "the defaults of the first seven are the model's own")
+    sampling = parser.add_argument_group("sampling", "the defaults of all but the last two are the model's own")
     sampling.add_argument("--num-beams", type=number(int, 1), metavar="N", help="beams of the search")
     sampling.add_argument("--temperature", type=number(float, 0, is_open=True), metavar="X", help="above 0")
     sampling.add_argument("--top-p", type=number(float, 0, 1, is_open=True), metavar="X", help="above 0, at most 1")
@@ -311,9 +323,7 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="token sequences sampled for each segment, of which the best is spoken; without beams",
     )
-    sampling.add_argument(
-        "--num-inference-steps", type=number(int, 1), metavar="N", help="flow-matching steps (default: 25)"
-    )
+    sampling.add_argument("--num-inference-steps", type=number(int, 1), metavar="N", help="flow-matching steps")
     sampling.add_argument(
         "--guidance-scale",
         type=number(float, 0),
@@ -408,7 +418,11 @@ Tell what a checkpoint holds: parts and their sizes, rates, limits, voices. No w
 
 def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", nargs="?", type=input_folder, metavar="FOLDER", help="a checkpoint (default: the embedded one)"
+        "folder",
+        nargs="?",
+        type=checkpoint_folder,
+        metavar="FOLDER",
+        help="a checkpoint, or 'tiny' for that of the package (the default)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
@@ -449,12 +463,18 @@ def add_model(group: Any) -> None:
         "--model",
         type=model_name,
         metavar="MODEL",
-        help="a checkpoint folder or the id of a repository on the Hub (default: the embedded model)",
+        help="a checkpoint folder, the id of a repository on the Hub, or 'tiny', which comes with the package (the default)",
     )
 
 
 def add_device(group: Any) -> None:
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
+    group.add_argument(
+        "--threads",
+        type=number(int, 1),
+        metavar="N",
+        help="threads of the CPU (default: one for a small model, else as many as there are cores)",
+    )
     group.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
@@ -469,7 +489,8 @@ def needs_network(args: argparse.Namespace) -> bool:
         return not args.dry_run
     model, voice = (getattr(args, name, None) for name in ("model", "voice"))
     is_remote_voice = voice is not None and re.fullmatch(REPOSITORY_ID, voice) and not os.path.exists(voice)
-    return (model is not None and not os.path.isdir(model)) or bool(is_remote_voice)
+    is_local_model = model in (None, EMBEDDED_NAME) or os.path.isdir(model)
+    return not is_local_model or bool(is_remote_voice)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

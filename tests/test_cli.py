@@ -26,9 +26,11 @@ from indextts2_hf import (
     IndexTTS2GenerationConfig,
     IndexTTS2T2SConfig,
     VoicePrompt,
+    choose_num_threads,
     cli,
     embedded_checkpoint,
 )
+from indextts2_hf.configuration_indextts2 import EMBEDDED_NAME
 
 
 HELLO = "Hello, world."
@@ -245,7 +247,7 @@ class TestSpeak:
             "real_time_factor",
             "model",
         }
-        assert described["output"] == "out.wav" and described["model"] == "embedded" and described["seed"] == 3
+        assert described["output"] == "out.wav" and described["model"] == "tiny" and described["seed"] == 3
         samples, sampling_rate = soundfile.read("out.wav", dtype="int16")
         assert sampling_rate == described["sampling_rate"] == EMBEDDED.sampling_rate
         assert len(samples) == described["num_samples"]
@@ -411,7 +413,7 @@ class TestSpeak:
             ([HELLO, "--emotion-text", "so happy"], "There is no emotion language model"),
             (
                 [HELLO, "--duration-s", "3000"],
-                "`duration_s` is 3000.0 but this text of 5 tokens in 1 segment(s) can be spoken in at most 2.0 s",
+                "`duration_s` is 3000.0 but this text of 7 tokens in 1 segment(s) can be spoken in at most 1.9 s",
             ),
             ([HELLO, "--duration-s", "0.01"], "needs at least"),
             ([HELLO, "--num-semantic-tokens", MOST_TOKENS + 1], f"positions for at most {MOST_TOKENS}"),
@@ -508,12 +510,62 @@ class TestSpeak:
         assert os.listdir() == []
 
 
+class TestNames:
+    def test_tiny_is_the_checkpoint_of_the_package(self, run, monkeypatch):
+        assert indextts2_cli.EMBEDDED_NAME == EMBEDDED_NAME
+        # A folder of that name is named by a path.
+        Path("tiny").mkdir()
+        options = ["--duration-s", "1", "--seed", "1", "--json", "--num-candidates", "1", "--num-inference-steps", "2"]
+        results = [
+            run("speak", HELLO, *options, *model, "-o", f"{number}.wav")
+            for number, model in enumerate(([], ["--model", "tiny"], ["--model", str(embedded_checkpoint())]))
+        ]
+        assert [result.code for result in results] == [0, 0, 0]
+        assert [json.loads(result.output)["model"] for result in results[:2]] == ["tiny", "tiny"]
+        assert Path("0.wav").read_bytes() == Path("1.wav").read_bytes() == Path("2.wav").read_bytes()
+        assert (
+            run("speak", HELLO, "--model", "./tiny").errors[0].startswith("indextts2: error: 'tiny' is no IndexTTS2")
+        )
+        assert run("info", "tiny").output == run("info").output == run("info", embedded_checkpoint()).output
+
+    def test_as_a_module(self):
+        command = [sys.executable, "-m", "indextts2_hf", "info", "--json"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["folder"] == str(embedded_checkpoint())
+
+
+class TestThreads:
+    @pytest.fixture(autouse=True)
+    def as_it_was(self):
+        before = torch.get_num_threads()
+        yield
+        torch.set_num_threads(before)
+
+    def test_one_for_a_small_model(self, run, monkeypatch):
+        options = [HELLO, "-q", "--duration-s", "1", "--num-candidates", "1", "--num-inference-steps", "2"]
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        torch.set_num_threads(2)
+        assert run("speak", *options).code == 0 and torch.get_num_threads() == 1
+        assert run("speak", *options, "--threads", "2").code == 0 and torch.get_num_threads() == 2
+        # What the environment says is kept.
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert run("speak", *options).code == 0 and torch.get_num_threads() == 2
+
+    def test_as_many_as_there_are_for_a_large_one(self, monkeypatch):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        torch.set_num_threads(2)
+        with torch.device("meta"):
+            large, small = torch.nn.Linear(10_000, 10_001), torch.nn.Linear(10, 10)
+        assert (choose_num_threads(large), choose_num_threads(small)) == (2, 1)
+
+
 class TestVoice:
     def test_makes_a_voice(self, run, recordings):
         result = run("voice", recordings / "good.wav", "-o", "me.safetensors")
         assert (result.code, result.errors) == (0, [])
         assert result.output.startswith("me.safetensors: a voice from 1.0 s of ")
-        assert "for embedded@" in result.output
+        assert "for tiny@" in result.output
         assert os.listdir() == ["me.safetensors"]
         options = ["-q", "--seed", "1", "--num-semantic-tokens", "25"]
         assert run("speak", HELLO, *options, "--voice", "me.safetensors", "-o", "a.wav").code == 0

@@ -51,6 +51,7 @@ ALLOWED = {
         "modeling_semantic_codec",
         "modeling_speaker_encoder",
         "modeling_vocoder",
+        "configuration_indextts2",
         "feature_extraction_indextts2",
     },
     "processing_indextts2": {"tokenization_indextts2", "feature_extraction_indextts2", "emotion"},

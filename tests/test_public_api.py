@@ -41,6 +41,7 @@ NAMES = [
     "IndexTTS2Vocoder",
     "VoicePrompt",
     "balance_emotion_weights",
+    "choose_num_threads",
     "embedded_checkpoint",
 ]
 

@@ -307,7 +307,7 @@ def test_faults_that_are_found_at_once(options, tiny_checkpoint, tiny_features, 
     assert f"--model {tmp_path / 'checkpiont'} is neither a folder here nor a repository" in said
     said = run_to_error("train_t2s", "--output", out, *options, "--data", tmp_path)
     assert "holds no prepared features: it has no features.json" in said
-    said = run_to_error("train_t2s", "--output", out, *options, "--model", ROOT / "src/indextts2_hf/embedded")
+    said = run_to_error("train_t2s", "--output", out, *options, "--model", "tiny")
     assert (
         "were made with text_vocab_size 1000, but" in said and "Prepare the data again with this checkpoint." in said
     )

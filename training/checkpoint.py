@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from indextts2_hf import IndexTTS2Config, IndexTTS2ForTextToWaveform, IndexTTS2SemanticCodec, VoicePrompt
+from indextts2_hf.configuration_indextts2 import checkpoint_path
 from indextts2_hf.modeling_indextts2 import check_weights, read_weight_shapes
 
 
@@ -39,12 +40,12 @@ Part = TypeVar("Part", bound=nn.Module)
 
 def find_checkpoint(name: str) -> Path:
     """
-    The folder `name`, or that of a repository on the Hub.
+    The folder `name`, that of the checkpoint of the package for `"tiny"`, or that of a repository on the Hub.
 
     Raises:
         ValueError: it is neither, or no checkpoint.
     """
-    folder = Path(name)
+    folder = Path(checkpoint_path(name))
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(name))

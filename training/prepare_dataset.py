@@ -48,6 +48,7 @@ from indextts2_hf import (
     IndexTTS2SemanticToMelPipeline,
     IndexTTS2T2SConfig,
 )
+from indextts2_hf.configuration_indextts2 import EMBEDDED_NAME
 from indextts2_hf.feature_extraction_indextts2 import MIN_AUDIO_S, SILENT_PEAK, load_audio
 from indextts2_hf.modeling_indextts2 import check_settings_files, check_weights, read_weight_shapes
 from run import positive_int, run_program
@@ -86,7 +87,12 @@ def parse() -> argparse.Namespace:
         description="Make the features that the training programs read.", allow_abbrev=False
     )
     parser.add_argument("source", help="folder of recordings, manifest file, or repository of `datasets`")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="checkpoint that makes the features")
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        metavar="FOLDER",
+        help="checkpoint that makes the features: folder, repository, or that of the package (default: %(default)s)",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where they are written")
     add_columns_argument(parser)
     parser.add_argument(

@@ -41,6 +41,7 @@ from checkpoint import (
 )
 from data import EndlessBatchSampler
 from indextts2_hf.cards import read_card, write_model_card
+from indextts2_hf.configuration_indextts2 import EMBEDDED_NAME
 
 
 # What may be changed from one half of a run to the other without changing its numbers.
@@ -64,7 +65,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of options; the command line comes first"
     )
-    files.add_argument("--model", required=True, metavar="FOLDER", help="checkpoint to start from")
+    files.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        metavar="FOLDER",
+        help="checkpoint to start from: folder, repository, or that of the package (default: %(default)s)",
+    )
     files.add_argument("--data", required=True, metavar="FOLDER", help="training data")
     files.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="run folder: becomes a checkpoint")
     files.add_argument(

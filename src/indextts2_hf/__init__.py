@@ -21,9 +21,9 @@ from .configuration_indextts2 import IndexTTS2Config, IndexTTS2T2SConfig
 from .emotion import EMOTIONS, EmotionTextModel, balance_emotion_weights
 from .feature_extraction_indextts2 import IndexTTS2FeatureExtractor
 from .generation_t2s import IndexTTS2GenerationConfig
-from .modeling_indextts2 import IndexTTS2ForTextToWaveform, IndexTTS2Output, IndexTTS2Segment
+from .modeling_indextts2 import IndexTTS2Duration, IndexTTS2ForTextToWaveform, IndexTTS2Output, IndexTTS2Segment
 from .modeling_t2s import IndexTTS2T2SForConditionalGeneration, IndexTTS2T2SModel, IndexTTS2T2SOutput
-from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, embedded_checkpoint
+from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, choose_num_threads, embedded_checkpoint
 from .processing_indextts2 import IndexTTS2Processor
 from .tokenization_indextts2 import IndexTTS2Tokenizer
 
@@ -43,6 +43,7 @@ __all__ = [
     "EMOTIONS",
     "EmotionTextModel",
     "IndexTTS2Config",
+    "IndexTTS2Duration",
     "IndexTTS2FeatureExtractor",
     "IndexTTS2ForTextToWaveform",
     "IndexTTS2GenerationConfig",
@@ -56,6 +57,7 @@ __all__ = [
     "IndexTTS2TextToAudioPipeline",
     "IndexTTS2Tokenizer",
     "balance_emotion_weights",
+    "choose_num_threads",
     "embedded_checkpoint",
     *_DIFFUSERS_SIDE,
 ]

@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .cards import read_card, write_voice_card
-from .configuration_indextts2 import IndexTTS2T2SConfig
+from .configuration_indextts2 import EMBEDDED_NAME, IndexTTS2T2SConfig, checkpoint_path
 from .emotion import check_emotion_weights
-from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, embedded_checkpoint
+from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, choose_num_threads
 
 
 logger = logging.get_logger(__name__)
@@ -56,7 +56,7 @@ def speak(args: argparse.Namespace) -> None:
     text = read_text(args)
     if args.emotion_weights is not None:
         check_emotion_weights(args.emotion_weights)
-    model_name = args.model or embedded_checkpoint().name
+    model_name = args.model or EMBEDDED_NAME
     seed = secrets.randbits(32) if args.seed is None else args.seed
     stages = Stages(args.started)
     with replaced_at_end(args.output) as output:
@@ -226,7 +226,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    description = describe_checkpoint(args.folder or embedded_checkpoint())
+    description = describe_checkpoint(args.folder)
     if args.json:
         write_json(description)
         return
@@ -290,12 +290,11 @@ def spoken_segments(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) ->
     return [tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) for ids in segments]
 
 
-def find_checkpoint(model: str | None) -> Path:
-    """The folder of a checkpoint or an adapter: the embedded one for `None`, a folder itself, else downloaded from the Hub."""
-    if model is None:
-        folder = embedded_checkpoint()
-    elif os.path.isdir(model):
-        folder = Path(model)
+def find_checkpoint(model: str | Path | None) -> Path:
+    """The folder of a checkpoint or an adapter: the one of the package for `None` and `"tiny"`, a folder itself, else downloaded from the Hub."""
+    path = checkpoint_path(model)
+    if os.path.isdir(path):
+        folder = Path(path)
     else:
         try:
             folder = Path(snapshot_download(model))
@@ -333,6 +332,7 @@ def load_pipeline(args: argparse.Namespace) -> IndexTTS2TextToAudioPipeline:
     except Exception as error:
         problem = "adapter '{}' cannot be used" if is_adapter(folder) else "checkpoint '{}' is damaged or incomplete"
         raise ValueError(f"The {problem.format(folder)}: {first_line(error)}") from error
+    torch.set_num_threads(args.threads or choose_num_threads(pipe.model))
     return pipe
 
 
@@ -349,9 +349,9 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def describe_checkpoint(folder: Path) -> dict[str, Any]:
+def describe_checkpoint(folder: str | Path | None) -> dict[str, Any]:
     """What a checkpoint folder holds, from its settings and the headers of its weight files."""
-    folder = find_checkpoint(str(folder))
+    folder = find_checkpoint(folder)
     if is_adapter(folder):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise ValueError(f"'{folder}' is an adapter of '{base}': ask about that.")

@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 
 
-# What an adapter calls the checkpoint that comes with the package.
+# The name of the checkpoint that comes with the package, wherever one is asked for. A folder of that name is `./tiny`.
 EMBEDDED_NAME = "tiny"
 
 # Keys beside a config's own fields that transformers, PEFT and the Hub write into `config.json`.
@@ -39,12 +39,22 @@ def embedded_checkpoint() -> Path:
     return Path(str(resources.files(__package__) / "embedded"))
 
 
+def checkpoint_path(name: str | os.PathLike | None) -> str:
+    """
+    What to load for the name of a checkpoint: the folder of the package for `"tiny"` and `None`, else the name itself. A path
+    object is always a folder.
+    """
+    if name is None or name == EMBEDDED_NAME:
+        return str(embedded_checkpoint())
+    return os.path.join(os.curdir, EMBEDDED_NAME) if str(name) == EMBEDDED_NAME else str(name)
+
+
 def lasting_name(name: str) -> str:
     """
     The name of a checkpoint by which it is found from any folder: `"tiny"` for the one of the package, the absolute path of
     another folder, a repository as it is.
     """
-    if not os.path.isdir(name):
+    if name == EMBEDDED_NAME or not os.path.isdir(name):
         return name
     is_embedded = os.path.realpath(name) == os.path.realpath(embedded_checkpoint())
     return EMBEDDED_NAME if is_embedded else os.path.abspath(name)

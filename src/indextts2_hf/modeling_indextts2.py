@@ -31,7 +31,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput, logging
 
-from .configuration_indextts2 import EMBEDDED_NAME, IndexTTS2Config, embedded_checkpoint
+from .configuration_indextts2 import IndexTTS2Config, checkpoint_path
 from .generation_t2s import OWN_SETTINGS, IndexTTS2GenerationConfig, SeededSamplingLogitsProcessor
 from .modeling_t2s import IndexTTS2T2SForConditionalGeneration
 
@@ -59,8 +59,9 @@ _PART_NAMES = ("t2s", "s2m", "semantic_encoder", "semantic_codec", "speaker_enco
 # A day: what is longer was not meant.
 _MOST_SECONDS = 86400.0
 
-# Lengths at which speech can still be understood, as shares of its natural length: shorter is refused, longer padded.
-_SHORTEST_SHARE, _LONGEST_SHARE = 0.6, 2.0
+# Lengths at which speech can still be understood, as shares of its natural length: shorter is refused, longer padded. Measured with
+# the checkpoint of the package (docs/results.md).
+_SHORTEST_SHARE, _LONGEST_SHARE = 0.6, 1.5
 # How far the length regulator stretches semantic tokens that have a length of their own.
 _LEAST_MEL_FACTOR, _MOST_MEL_FACTOR = 0.5, 2.0
 # Silence behind the speech of a text, in seconds: who asks for more did not mean it.
@@ -297,8 +298,7 @@ def read_adapter_base(folder: str) -> dict[str, str] | None:
 
 def _find_base(name: str, adapter: str) -> str:
     """The folder of an adapter's base: that of the package, the one named, or one beside the adapter; else the name."""
-    if name == EMBEDDED_NAME:
-        return str(embedded_checkpoint())
+    name = checkpoint_path(name)
     if not os.path.isdir(name):
         # The folder was moved together with its adapter, or its path was relative to where the adapter was made.
         wanted = os.path.basename(os.path.normpath(name)) if os.path.isabs(name) else name
@@ -428,7 +428,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         A model from its checkpoint folder or Hub repository, or from those of an adapter, which name its base.
 
         Args:
-            pretrained_model_name_or_path (`str`): folder or repository id.
+            pretrained_model_name_or_path (`str`): folder, repository id, or `"tiny"` for the checkpoint of the package.
             config ([`IndexTTS2Config`], *optional*): instead of the folder's `config.json`.
             cache_dir, force_download, local_files_only, token, revision: as everywhere in transformers.
             dtype (`str` or `torch.dtype`, *optional*): of the text-to-semantic transformer; by default the saved one.
@@ -457,7 +457,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             "local_files_only": local_files_only,
             "token": token,
         }
-        folder = str(pretrained_model_name_or_path)
+        pretrained_model_name_or_path = folder = checkpoint_path(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
             folder = snapshot_download(folder, revision=revision, **download)
         base = read_adapter_base(folder)

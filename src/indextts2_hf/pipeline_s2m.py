@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
+from .configuration_indextts2 import lasting_name
 from .feature_extraction_indextts2 import AudioInput, IndexTTS2FeatureExtractor
 from .modeling_s2m import IndexTTS2SemanticToMelTransformer, mel_lengths_for
 from .modeling_semantic_codec import IndexTTS2SemanticCodec
@@ -366,7 +367,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         if path.parent.name == "snapshots":
             # A repository in the cache of the Hub: `models--OWNER--NAME/snapshots/COMMIT`.
             return path.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return path.resolve().name
+        return Path(lasting_name(str(path.resolve()))).name
 
     def check_voice(self, voice: VoicePrompt, fingerprint: str | None = None) -> None:
         """

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from transformers import BatchFeature, TextToAudioPipeline
 from transformers.pipelines.text_to_audio import AudioOutput
 
-from .configuration_indextts2 import embedded_checkpoint
+from .configuration_indextts2 import checkpoint_path, embedded_checkpoint
 from .emotion import EmotionTextModel
 from .modeling_indextts2 import IndexTTS2ForTextToWaveform, IndexTTS2Output, IndexTTS2Segment
 from .processing_indextts2 import EmotionWeights, IndexTTS2Processor
@@ -26,6 +26,16 @@ _HUB_NAMES = ("cache_dir", "local_files_only", "token", "revision")
 # By which the path of a missing file is told from a repository.
 _FILE_ENDINGS = (".aac", ".aif", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus")
 _FILE_ENDINGS += (".safetensors", ".wav", ".webm", ".wma")
+
+
+def choose_num_threads(model: torch.nn.Module) -> int:
+    """
+    Threads of the CPU for a program that speaks with `model`, to be set by `torch.set_num_threads`: one for less than 100 million
+    parameters, whose operations are too small to share (on a busy machine two threads were ten times slower), else torch's own
+    choice. The variable `OMP_NUM_THREADS` goes first.
+    """
+    is_small = sum(parameter.numel() for parameter in model.parameters()) < 100e6
+    return 1 if is_small and "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
 
 
 class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
@@ -53,11 +63,9 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         **kwargs: Any,
     ) -> "IndexTTS2TextToAudioPipeline":
         """
-        The pipeline of a checkpoint or of an adapter, by default of the small checkpoint that comes with the package; `kwargs` go
-        to [`IndexTTS2ForTextToWaveform.from_pretrained`].
+        The pipeline of a checkpoint or of an adapter, by default of `"tiny"`, which comes with the package; `kwargs` go to [`IndexTTS2ForTextToWaveform.from_pretrained`].
         """
-        if pretrained_model_name_or_path is None:
-            pretrained_model_name_or_path = embedded_checkpoint()
+        pretrained_model_name_or_path = checkpoint_path(pretrained_model_name_or_path)
         model = IndexTTS2ForTextToWaveform.from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub_arguments = {name: kwargs[name] for name in _HUB_NAMES if name in kwargs}
         checkpoint = model.config.name_or_path
@@ -307,4 +315,4 @@ def _each_once(value: Any, function: Callable[[Any], Any]) -> Any:
     return [done[item if isinstance(item, str | os.PathLike) else id(item)] for item in value]
 
 
-__all__ = ["IndexTTS2TextToAudioPipeline", "embedded_checkpoint"]
+__all__ = ["IndexTTS2TextToAudioPipeline", "choose_num_threads", "embedded_checkpoint"]
