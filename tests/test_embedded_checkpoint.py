@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
