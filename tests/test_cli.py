@@ -128,7 +128,9 @@ class TestProcess:
         assert result.returncode == 0, result.stderr
         described = json.loads(result.stdout)
         assert described["num_samples"] == SAMPLING_RATE == len(soundfile.read(tmp_path / "out.wav")[0])
-        assert [segment["text"] for segment in described["segments"]] == ["你好,世界."]
+        assert [(segment["text"], segment["spoken"]) for segment in described["segments"]] == [
+            ("你好，世界。", "你好,世界.")
+        ]
         assert result.stderr == ""
 
     def test_bad_input(self, tmp_path):
@@ -254,7 +256,8 @@ class TestSpeak:
         assert described["duration_s"] == pytest.approx(len(samples) / sampling_rate)
         segments = described["segments"]
         assert len(segments) > 1
-        assert " ".join(segment["text"] for segment in segments).split() == text.upper().split()
+        assert " ".join(segment["text"] for segment in segments).split() == text.split()
+        assert " ".join(segment["spoken"] for segment in segments).split() == text.upper().split()
         assert sum(segment["num_semantic_tokens"] for segment in segments) == described["num_semantic_tokens"] == 70
         pause = int(0.2 * sampling_rate)
         assert sum(segment["num_samples"] for segment in segments) + pause * (len(segments) - 1) == len(samples)

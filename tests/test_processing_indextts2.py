@@ -1,6 +1,8 @@
 """Text, recordings and weights to model inputs."""
 
 import math
+import random
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from conftest import SAMPLING_RATE, make_speech
 from transformers import AutoProcessor, BatchFeature
 
 from indextts2_hf import IndexTTS2FeatureExtractor, IndexTTS2Processor
+from indextts2_hf.processing_indextts2 import cut_as_spoken
 
 
 HAPPY = [0.5, 0, 0, 0, 0, 0, 0, 0.25]
@@ -58,6 +61,71 @@ def test_segments_as_text(processor):
     short = IndexTTS2Processor(processor.feature_extractor, processor.tokenizer, max_text_tokens=8)
     assert short.split_text(TEXT) == processor.split_text(TEXT, max_text_tokens=8)
     assert torch.equal(short(TEXT)["input_ids"], processor(TEXT, max_text_tokens=8)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken", "written"),
+    [
+        # Numbers, which are words when they are spoken; a cut behind one, and within one.
+        (
+            "It's 5 km. We paid $20. 7 miles on, it ended.",
+            ["IT IS FIVE KILOMETERS.", "WE PAID TWENTY DOLLARS.", "SEVEN MILES ON,", "IT ENDED."],
+            ["It's 5 km.", "We paid $20.", "7 miles on,", "it ended."],
+        ),
+        ("Of 1,267 none.", ["OF ONE THOUSAND TWO HUN", "DRED SIXTY SEVEN", "NONE."], ["Of 1,267", "", "none."]),
+        # Quotes and brackets stay with their words, a dash with the one before it.
+        (
+            'He said: "Stop it." — “Never,” she wrote (twice). (The end.)',
+            ["HE SAID,", "'STOP IT.", "'NEVER,", "' SHE WROTE 'TWICE'.", "'THE END.'"],
+            ["He said:", '"Stop it." —', "“Never,”", "she wrote (twice).", "(The end.)"],
+        ),
+        # A word that is said twice.
+        ("No, no, no. No! No more, no.", ["NO, NO,", "NO. NO!", "NO MORE,", "NO."], ["No, no,", "no. No!", "No more,", "no."]),
+        # Cut within a word, which is where it begins.
+        ("One twelve three.", ["ONE TWE", "LVE THREE."], ["One twelve", "three."]),
+        # Chinese, between whose characters no space stands, and both together.
+        ("他说：“你好。我有20只猫，你有5公里。”", ["他说,'你好.", "我有二十只猫,", "你有五公里.'"], ["他说：“你好。", "我有20只猫，", "你有5公里。”"]),
+        ("你好，Tom！ “很 好”吗？", ["你好,", "TOM!", "'很好'", "吗?"], ["你好，", "Tom！", "“很 好”", "吗？"]),
+        # What is not spoken at all.
+        ("Look 🙂 at\n\nthis. 🙂 Now.", ["LOOK AT THIS.", "NOW."], ["Look 🙂 at\n\nthis. 🙂", "Now."]),
+        ("One.", ["ONE."], ["One."]),
+    ],
+)  # fmt: skip
+def test_segments_as_written(text, spoken, written):
+    assert cut_as_spoken(text, spoken) == written
+
+
+def test_nothing_written_is_lost_or_doubled(processor):
+    rng = random.Random(0)
+    words = "the Cat, cat 12 $3.50 5km — “quoted” (so) end. Why? 你好。 2024年 don't U.S. a,b 🙂 it's No. no! … half".split(
+        " "
+    )
+    for _ in range(30):
+        text = rng.choice(["", " ", "“"]) + rng.choice([" ", "\n", "  "]).join(
+            rng.choices(words, k=rng.randint(3, 60))
+        )
+        if not any(map(str.isalpha, text)):
+            continue
+        most = rng.randint(3, 30)
+        spoken, written = processor.split_text(text, most), processor.split_written_text(text, most)
+        assert len(spoken) == len(written)
+        assert "".join("".join(written).split()) == "".join(text.split()), text
+        # In Latin script words stay whole.
+        if not re.search("[一-鿿]", text):
+            assert " ".join(written).split() == text.split()
+
+
+def test_a_very_long_text_as_written():
+    text = "In 1984 this was one of very many sentences, and 好的。 " * 2500
+    words = text.upper().replace("1984", "NINETEEN EIGHTY FOUR").replace("。", ".").split()
+    spoken = [" ".join(words[start : start + 31]) for start in range(0, len(words), 31)]
+    written = cut_as_spoken(text, spoken)
+    assert len(text) > 100_000 and len(written) == len(spoken) > 800
+    assert "".join("".join(written).split()) == "".join(text.split())
+    # It does not drift: what follows a cut is the same in both, numbers aside.
+    for ours, theirs in zip(written, spoken, strict=True):
+        if theirs.split()[0] not in ("NINETEEN", "EIGHTY", "FOUR"):
+            assert ours.split()[0].upper().replace("。", ".") == theirs.split()[0]
 
 
 def test_an_early_start(processor):

@@ -30,6 +30,7 @@ from .cards import read_card, write_voice_card
 from .configuration_indextts2 import EMBEDDED_NAME, IndexTTS2T2SConfig, checkpoint_path
 from .emotion import check_emotion_weights
 from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, choose_num_threads
+from .processing_indextts2 import cut_as_spoken
 
 
 logger = logging.get_logger(__name__)
@@ -73,6 +74,7 @@ def speak(args: argparse.Namespace) -> None:
             max_text_tokens=args.max_text_tokens,
         ).to(pipe.device)
         texts = spoken_segments(pipe.tokenizer, inputs["input_ids"][0].tolist())
+        written = cut_as_spoken(text, texts)
         stages.end("text")
         voice = pipe.model.get_voice() if args.voice is None else pipe.load_voice(args.voice)
         emotion_features = None
@@ -110,7 +112,8 @@ def speak(args: argparse.Namespace) -> None:
                     file.write(pause)
                 segments.append(
                     {
-                        "text": texts[segment.segment_index],
+                        "text": written[segment.segment_index],
+                        "spoken": texts[segment.segment_index],
                         "num_semantic_tokens": len(segment.semantic_ids),
                         "num_samples": len(samples),
                         "duration": None if segment.duration is None else asdict(segment.duration),

@@ -2,7 +2,10 @@
 The processor of IndexTTS2: text, recordings and emotion weights to the tensors that the model takes.
 """
 
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,93 @@ from .emotion import check_emotion_weights, scale_emotion_weights
 from .feature_extraction_indextts2 import AudioInput, IndexTTS2FeatureExtractor
 
 
+# A word as written, with the marks behind it; a Chinese character is one.
+_LETTER_OF_CJK = (
+    r"[\u1100-\u11ff\u2e80-\u2fff\u3041-\ua4cf\ua840-\ud7af\uf900-\ufaff\uff66-\uffdc\U00020000-\U0002ffff]"
+)
+_WORD = re.compile(rf"{_LETTER_OF_CJK}|(?!{_LETTER_OF_CJK})\w(?:(?!{_LETTER_OF_CJK})\S)*")
+_SENTENCE_ENDS, _PAUSES = ".!?…。！？", ",;:-–—，；：、"
+# How many words a mark may pull a cut that is not known exactly, and how many words behind a cut are looked at.
+_PULL_OF_A_MARK, _NUM_WORDS_AHEAD = 2, 30
+
 EmotionWeights = Sequence[float] | Mapping[str, float] | torch.Tensor
+
+
+def _find_words(text: str) -> tuple[list[int], list[str]]:
+    """Where each word of a text begins, marks before it included, and its letters and digits alone, in one case."""
+    starts, keys, end = [], [], 0
+    for match in _WORD.finditer(text):
+        between = text[end : match.start()]
+        own = re.search(r"\S*$", between)[0]
+        if own == between:
+            # Directly behind another one: what stands between them is the other's, but for opening marks.
+            while own and unicodedata.category(own[0]) not in ("Ps", "Pi"):
+                own = own[1:]
+        starts.append(match.start() - len(own))
+        keys.append("".join(filter(str.isalnum, match[0])).casefold())
+        end = match.end()
+    return starts, keys
+
+
+def _kind_of_end(text: str) -> str:
+    """The kind of the mark that ends a text, quotes and brackets left out; empty if there is none."""
+    mark = text.rstrip(" \t\r\n\"'”’»)]}」』》）】")[-1:]
+    return next((kind for kind in (_SENTENCE_ENDS, _PAUSES) if mark and mark in kind), "")
+
+
+def cut_as_spoken(text: str, segments: list[str]) -> list[str]:
+    r"""
+    A written text cut where its spoken segments are.
+
+    Words that are in both are found (`difflib`); what normalisation has changed is shared out between them. Cuts are at borders of
+    words, or between Chinese characters.
+
+    Args:
+        text (`str`): as written.
+        segments (`list[str]`): the same, normalised, from [`~IndexTTS2Processor.split_text`].
+
+    Returns:
+        `list[str]`: as many; joined they are the text, but for white space at the cuts. One is empty where its segment lies within a word.
+    """
+    starts, words = _find_words(text)
+    spoken = [_find_words(segment)[1] for segment in segments]
+    cuts, begin = [0], 0
+    for index, ours in enumerate(spoken[:-1]):
+        ahead: list[str] = []
+        for others in spoken[index + 1 :]:
+            if len(ahead) >= _NUM_WORDS_AHEAD:
+                break
+            ahead += others
+        window = words[begin : begin + 2 * len(ours) + _NUM_WORDS_AHEAD + 20]
+        matcher = SequenceMatcher(None, window, ours + ahead[:_NUM_WORDS_AHEAD], autojunk=False)
+        # The last word before the cut and the first one behind it that are in both; then what is between them.
+        left, left_spoken, right, right_spoken = 0, 0, len(window), len(ours) + len(ahead[:_NUM_WORDS_AHEAD])
+        for place, place_spoken, size in matcher.get_matching_blocks():
+            num_before = min(size, max(0, len(ours) - place_spoken))
+            if num_before:
+                left, left_spoken = place + num_before, place_spoken + num_before
+            if num_before < size:
+                right, right_spoken = place + num_before, place_spoken + num_before
+                break
+        num_before, num_behind = len(ours) - left_spoken, right_spoken - len(ours)
+        if num_before and num_behind:
+            target = left + (right - left) * num_before / (num_before + num_behind)
+            # Of two words or more each side has one; a single one is where it begins.
+            borders = range(left + 1, right) if right - left > 1 else [right]
+        else:
+            target = left if num_behind else right
+            borders = range(left, right + 1)
+        kind = _kind_of_end(segments[index])
+
+        def distance(border: int, target: float = target, kind: str = kind, begin: int = begin) -> float:
+            end = starts[begin + border] if begin + border < len(starts) else len(text)
+            before = text[max(0, end - 20) : end]
+            return abs(border - target) - _PULL_OF_A_MARK * (kind != "" and _kind_of_end(before) == kind)
+
+        begin += min(borders, key=distance)
+        cuts.append(starts[begin] if begin < len(starts) else len(text))
+    cuts.append(len(text))
+    return [text[start:end].strip() for start, end in zip(cuts, cuts[1:], strict=False)]
 
 
 class IndexTTS2Processor(ProcessorMixin):
@@ -50,6 +139,15 @@ class IndexTTS2Processor(ProcessorMixin):
             text, self.max_text_tokens if max_text_tokens is None else max_text_tokens
         )
         return [self.tokenizer.convert_tokens_to_string(pieces) for pieces in segments]
+
+    def split_written_text(self, text: str, max_text_tokens: int | None = None) -> list[str]:
+        """
+        The same segments as they are written, for subtitles: see [`cut_as_spoken`].
+
+        Raises:
+            ValueError: there is nothing to speak.
+        """
+        return cut_as_spoken(text, self.split_text(text, max_text_tokens))
 
     def __call__(
         self,
@@ -157,4 +255,4 @@ class IndexTTS2Processor(ProcessorMixin):
         )
 
 
-__all__ = ["IndexTTS2Processor"]
+__all__ = ["IndexTTS2Processor", "cut_as_spoken"]
