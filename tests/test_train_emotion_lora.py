@@ -118,6 +118,7 @@ def first_batch(features, size=2):
 # --- the program ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lora
 def test_as_a_program_of_its_own(short_run, tiny_checkpoint, tmp_path, capsys):
     out = short_run
     # The adapter alone, in float32, that names its base so that it is found from any folder.
@@ -160,6 +161,7 @@ def test_as_a_program_of_its_own(short_run, tiny_checkpoint, tmp_path, capsys):
     assert (tmp_path / "a.wav").is_file() and "of speech" in capsys.readouterr().out
 
 
+@pytest.mark.lora
 def test_the_loss_by_hand(short_run, t2s, style_features):
     row = read_log(short_run, "train/")[0]
     batch = first_batch(style_features)
@@ -176,6 +178,7 @@ def test_the_loss_by_hand(short_run, t2s, style_features):
 
 
 @torch.no_grad()
+@pytest.mark.lora
 def test_the_adapter_is_a_low_rank_sum(adapter, t2s, tiny_checkpoint, style_features):
     weights = load_file(adapter / "adapter_model.safetensors")
     weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
@@ -192,6 +195,7 @@ def test_the_adapter_is_a_low_rank_sum(adapter, t2s, tiny_checkpoint, style_feat
     assert (adapted(**batch).logits - base).abs().max() > 0.1
 
 
+@pytest.mark.lora
 def test_killed_and_resumed_it_gives_the_same_numbers(options, tmp_path):
     options = [*options, "--max_train_steps", 6, "--save_steps", 2, "--eval_steps", 2, "--lora_dropout", 0.2]
     run_program("train_emotion_lora", "--output", tmp_path / "whole", *options)
@@ -212,6 +216,7 @@ def test_killed_and_resumed_it_gives_the_same_numbers(options, tmp_path):
     assert not [path for path in state.iterdir() if path.name.startswith(("model", "pytorch_model"))]
 
 
+@pytest.mark.lora
 def test_two_processes_are_one_with_twice_the_batch(options, tiny_features, tmp_path):
     options = [*options, "--replay", tiny_features]
     run_ranks("train_emotion_lora", 2, "--output", tmp_path / "two", *options)
@@ -222,6 +227,7 @@ def test_two_processes_are_one_with_twice_the_batch(options, tiny_features, tmp_
         assert row == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.lora
 def test_half_a_base_and_checkpointing(options, tiny_checkpoint, tmp_path):
     options = [*options, "--mixed_precision", "bf16", "--gradient_checkpointing"]
     run_program("train_emotion_lora", "--output", tmp_path / "run", *options)
@@ -237,6 +243,7 @@ def test_half_a_base_and_checkpointing(options, tiny_checkpoint, tmp_path):
         assert t2s.active_adapters() == ["default"]
 
 
+@pytest.mark.lora
 def test_it_stops_early_and_says_that_it_got_worse(options, tiny_features, tmp_path):
     def part(row):
         # What is held out has nothing of what is learnt.
@@ -260,6 +267,7 @@ def test_it_stops_early_and_says_that_it_got_worse(options, tiny_features, tmp_p
     assert (out / "log.jsonl").read_text() == before
 
 
+@pytest.mark.lora
 def test_the_card(adapter, tiny_checkpoint, style_features):
     card = ModelCard.load(adapter / "README.md")
     assert card.data.library_name == "peft" and "lora" in card.data.tags and "base_model" not in card.data.to_dict()
@@ -359,6 +367,7 @@ def test_replayed_clips_are_chosen_by_the_draw(style_features, tiny_features):
     assert 0.15 < sum(is_replayed) / 100 < 0.35
 
 
+@pytest.mark.lora
 def test_one_emotion_of_a_folder(options, tmp_path):
     said = run_program("train_emotion_lora", "--output", tmp_path / "run", *options, "--emotion", "happy")
     # Half of the clips; each speaker holds out one of them, whose prompts are training clips.
@@ -388,6 +397,7 @@ def share_of_style(codes):
     return float(((codes < len(STYLE)) & is_code).sum() / is_code.sum())
 
 
+@pytest.mark.lora
 def test_the_output_moves_towards_the_style(adapter, t2s, tiny_features):
     before, *_, after = read_log(adapter, "eval/")
     gain = before[FIGURE] - after[FIGURE]
@@ -431,6 +441,7 @@ def all_logits(t2s):
     return logits
 
 
+@pytest.mark.lora
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_disabled_it_is_the_base_bit_for_bit(with_gradient, t2s, tiny_checkpoint, tmp_path):
     make_adapter(tiny_checkpoint, tmp_path / "one")
@@ -447,6 +458,7 @@ def test_disabled_it_is_the_base_bit_for_bit(with_gradient, t2s, tiny_checkpoint
         assert all(torch.equal(one, other) for one, other in zip(fresh, disabled, strict=True))
 
 
+@pytest.mark.lora
 def test_disabled_it_gives_the_tokens_and_the_audio_of_the_base(adapter, pipe):
     def speak(pipeline, **settings):
         inputs = pipeline.preprocess(["Hello there.", "Well."])
@@ -465,6 +477,7 @@ def test_disabled_it_gives_the_tokens_and_the_audio_of_the_base(adapter, pipe):
 
 
 @torch.no_grad()
+@pytest.mark.lora
 def test_several_adapters_on_one_base(t2s, tiny_checkpoint, style_features, tmp_path):
     happy, sad = (
         str(make_adapter(tiny_checkpoint, tmp_path / name, seed)) for seed, name in enumerate(["happy", "sad"])
@@ -520,6 +533,7 @@ def other_base(tiny_checkpoint, tmp_path):
     return make
 
 
+@pytest.mark.lora
 @pytest.mark.parametrize("changes", [{"seed": 7}, {"hidden_size": 64}, {"num_hidden_layers": 3}])
 def test_an_adapter_of_another_base(changes, other_base, t2s, tiny_checkpoint, style_features, tmp_path, capsys):
     folder = other_base(**changes)
@@ -548,6 +562,7 @@ def test_an_adapter_of_another_base(changes, other_base, t2s, tiny_checkpoint, s
     assert f"The adapter '{folder}' cannot be used: The adapter '{folder}' was made for" in capsys.readouterr().err
 
 
+@pytest.mark.lora
 @pytest.mark.parametrize("changes", [{"hidden_size": 64}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}])
 def test_an_adapter_of_other_sizes_that_does_not_say_its_base(changes, other_base, t2s, style_features, tmp_path):
     folder = other_base(**changes)
@@ -561,6 +576,7 @@ def test_an_adapter_of_other_sizes_that_does_not_say_its_base(changes, other_bas
 
 
 @torch.no_grad()
+@pytest.mark.lora
 def test_a_base_that_was_trained_a_little_further_is_another(t2s, tiny_checkpoint):
     fingerprints = {t2s.to(dtype).fingerprint for dtype in (torch.bfloat16, torch.float16)}
     t2s = load_t2s(tiny_checkpoint)
@@ -574,6 +590,7 @@ def test_a_base_that_was_trained_a_little_further_is_another(t2s, tiny_checkpoin
     assert further.fingerprint not in fingerprints
 
 
+@pytest.mark.lora
 def test_a_damaged_adapter(t2s, tiny_checkpoint, style_features, tmp_path):
     own, damaged = (make_adapter(tiny_checkpoint, tmp_path / name) for name in ("own", "damaged"))
     t2s.load_adapter(str(own), adapter_name="own")
@@ -590,6 +607,7 @@ def test_a_damaged_adapter(t2s, tiny_checkpoint, style_features, tmp_path):
     assert torch.equal(t2s(**batch).logits, before)
 
 
+@pytest.mark.lora
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -611,6 +629,7 @@ def test_a_swap_keeps_the_settings(settings, message, t2s, tiny_checkpoint, styl
     assert torch.equal(t2s(**batch).logits, before)
 
 
+@pytest.mark.lora
 def test_an_adapter_whose_base_is_not_there(tiny_checkpoint, tmp_path, capsys):
     folder = make_adapter(tiny_checkpoint, tmp_path / "style")
     assert command_line(["info", str(folder)]) != 0
@@ -638,6 +657,7 @@ def read_base(folder):
     return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
+@pytest.mark.lora
 def test_the_base_is_named_by_what_lasts(tiny_checkpoint, tmp_path, monkeypatch):
     """A folder by its whole path, however it was named; the checkpoint of the package by `tiny`."""
     monkeypatch.chdir(tiny_checkpoint.parent)
@@ -665,6 +685,7 @@ def test_the_base_is_named_by_what_lasts(tiny_checkpoint, tmp_path, monkeypatch)
     assert read_base(tmp_path / "again") == str(tiny_checkpoint)
 
 
+@pytest.mark.lora
 def test_the_base_of_a_repository_is_that_commit(tiny_checkpoint, tmp_path):
     from test_hub_round_trip import put_into_cache
 
@@ -689,6 +710,7 @@ def test_the_base_of_a_repository_is_that_commit(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("named", ["/no/such/folder/tiny-random", "tiny-random", "models/tiny-random"])
+@pytest.mark.lora
 def test_a_base_that_was_moved_with_its_adapter(named, tiny_checkpoint, tmp_path):
     folder = make_adapter(tiny_checkpoint, tmp_path / "runs/style/last")
     name_base(folder, named)
@@ -705,6 +727,7 @@ def test_a_base_that_was_moved_with_its_adapter(named, tiny_checkpoint, tmp_path
         IndexTTS2ForTextToWaveform.from_pretrained(folder)
 
 
+@pytest.mark.lora
 def test_the_base_named_beside_the_adapter(tiny_checkpoint, tmp_path, capsys):
     """The way out that the error names."""
     folder = make_adapter(tiny_checkpoint, tmp_path / "style")
@@ -722,6 +745,7 @@ def test_the_base_named_beside_the_adapter(tiny_checkpoint, tmp_path, capsys):
     assert not (tmp_path / "c.wav").exists()
 
 
+@pytest.mark.lora
 def test_no_path_of_this_machine_is_published(short_run, tiny_checkpoint, tmp_path):
     from indextts2_hf.hub import assemble_hub_folder
 
@@ -743,6 +767,7 @@ def test_no_path_of_this_machine_is_published(short_run, tiny_checkpoint, tmp_pa
             assert not any(part in path.read_bytes() for part in (b"/tmp", bytes(tiny_checkpoint.parent))), path
 
 
+@pytest.mark.lora
 def test_a_model_with_an_adapter_is_not_saved_in_the_place_of_its_base(short_run, tmp_path):
     model = IndexTTS2ForTextToWaveform.from_pretrained(short_run)
     with pytest.raises(ValueError, match=r"has the adapters \['default'\], which would be saved in its place"):
@@ -769,6 +794,7 @@ def test_wrong_clips(options, tiny_features, tmp_path):
     assert "None of the 6 held-out clips has another clip of its speaker" in said
 
 
+@pytest.mark.lora
 def test_a_loss_that_is_no_number_keeps_the_last_good_adapter(options, style_features, tmp_path):
     def spoil(row):
         return row | {"semantic_features": (np.array(row["semantic_features"]) * np.nan).tolist()}
@@ -782,6 +808,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_adapter(options, style_fea
     assert (out / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.lora
 def test_wrong_folders(options, tiny_checkpoint, adapter, tmp_path):
     output = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     said = run_to_error("train_emotion_lora", "--output", output, *options)
@@ -793,6 +820,7 @@ def test_wrong_folders(options, tiny_checkpoint, adapter, tmp_path):
     assert "--replay_share is 1.0, but it must be at least 0 and below 1" in said
 
 
+@pytest.mark.lora
 def test_resuming_on_another_base(options, short_run, tiny_checkpoint, tmp_path):
     out = shutil.copytree(short_run, tmp_path / "run")
     other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
