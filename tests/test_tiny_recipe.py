@@ -303,6 +303,7 @@ def test_export(monkeypatch, tiny_checkpoint, tiny_recordings, tmp_path):
         assert {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()} == {torch.float16}
     pipe = IndexTTS2TextToAudioPipeline.from_pretrained(out)
     assert pipe.model.t2s.dtype == pipe.model.s2m.dtype == pipe.model.vocoder.dtype == torch.float32
-    assert pipe.model.config.default_voice == "voice0"
+    assert pipe.model.config.default_voice == pipe.model.config.default_emotion == "voice0"
+    assert pipe.processor.max_text_tokens == 40
     audio = pipe("Hello.", generate_kwargs={"max_new_tokens": 10})["audio"]
     assert np.isfinite(audio).all() and np.abs(audio).max() > 0

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from indextts2_hf import IndexTTS2Config, IndexTTS2ForTextToWaveform
+from indextts2_hf import IndexTTS2Config, IndexTTS2ForTextToWaveform, IndexTTS2Processor
 from indextts2_hf.hub import PRIVATE_SETTINGS
 
 
@@ -29,6 +29,8 @@ from checkpoint import copy_checkpoint  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 MOST_BYTES = 40_000_000
+# Text tokens of a segment: of longer ones more words are lost (docs/results.md).
+MAX_TEXT_TOKENS = 40
 
 
 def halve(path: Path) -> None:
@@ -79,6 +81,9 @@ def main() -> None:
     # With the manner of a recording that they have not learnt from, small networks lose words.
     config.default_voice = config.default_emotion = arguments.default_voice
     config.save_pretrained(folder)
+    processor = IndexTTS2Processor.from_pretrained(folder)
+    processor.max_text_tokens = MAX_TEXT_TOKENS
+    processor.save_pretrained(folder)
     for path in folder.rglob("config.json"):
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings = {key: value for key, value in settings.items() if key not in PRIVATE_SETTINGS}
