@@ -32,19 +32,25 @@ from indextts2_hf import (
     IndexTTS2T2SConfig,
     IndexTTS2T2SForConditionalGeneration,
     IndexTTS2Vocoder,
+    set_num_threads,
 )
+from indextts2_hf.configuration_indextts2 import EMBEDDED_NAME
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="checkpoint: folder, Hub repository, or tiny, that of the package")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        help="folder, Hub repository, or tiny, the checkpoint of the package (default: %(default)s)",
+    )
     model.add_argument("--random", action="store_true", help="the released model's sizes with random weights")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument(
         "--dtype", default="float32", help="dtype of the text-to-semantic transformer (default: float32)"
     )
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: what suits the model)")
     parser.add_argument("--prompt-s", type=float, default=5.0, help="length of the reference recording, seconds")
     parser.add_argument("--text-tokens", type=int, default=30, help="text tokens of each row")
     parser.add_argument("--speech-s", type=float, default=3.0, help="speech to make for each row, seconds")
@@ -136,8 +142,6 @@ class PeakMemory:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     torch.manual_seed(0)
 
@@ -146,6 +150,7 @@ def main() -> None:
         model = random_full_size_model(dtype)
     else:
         model = IndexTTS2ForTextToWaveform.from_pretrained(arguments.model, dtype=dtype)
+    set_num_threads(model, arguments.threads)
     model.to(device)
     loading = {"seconds": time.perf_counter() - start, "peak_gib": memory.read()}
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}

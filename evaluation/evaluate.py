@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from indextts2_hf import IndexTTS2TextToAudioPipeline, VoicePrompt
+from indextts2_hf import IndexTTS2TextToAudioPipeline, VoicePrompt, set_num_threads
 from indextts2_hf.cards import figures_table
 from indextts2_hf.configuration_indextts2 import EMBEDDED_NAME
 from indextts2_hf.emotion import EMOTIONS
@@ -482,6 +482,8 @@ def main() -> None:
             references[prompt] = str(found[0])
 
     measures = Measures(arguments.measures, arguments.asr, arguments.speaker_model, arguments.device)
+    # Whisper keeps the threads that torch had when it was loaded.
+    set_num_threads(pipe.model)
     conditions = ["recording"] * all(utterance.recording for utterance in utterances) + list(
         dict.fromkeys(["free", *arguments.conditions])
     )

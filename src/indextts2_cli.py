@@ -6,6 +6,7 @@ the standard library alone. What the commands do is in `indextts2_hf.cli`.
 """
 
 import argparse
+import difflib
 import errno
 import math
 import os
@@ -42,7 +43,7 @@ REPOSITORY_ID = r"\w[\w.-]*/[\w.-]+"
 
 EPILOG = """\
 exit codes: 0 done; 2 wrong usage or input; 1 unexpected failure; 130 interrupted.
-Without --model the small model inside the package is used, and nothing is downloaded.
+The model tiny is inside the package, and nothing is downloaded for it. A folder of that name is ./tiny.
 """
 
 
@@ -51,6 +52,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        for word in unknown:
+            hints = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+            if word.startswith("--") and hints:
+                self.error(f"unrecognized arguments: {' '.join(unknown)}, did you mean {hints[0]}?")
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"indextts2: error: {message} (see `{self.prog} --help`)\n")
@@ -112,10 +121,6 @@ def input_folder(text: str) -> Path:
     return path
 
 
-def checkpoint_folder(text: str) -> str | Path:
-    return text if text == EMBEDDED_NAME else input_folder(text)
-
-
 def output_file(*suffixes: str) -> Callable[[str], Path]:
     """A type for options: where a file of one of these kinds can be made."""
 
@@ -142,6 +147,13 @@ def voice_output(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder '{path.parent}' for {text!r}, make it first")
     return path
+
+
+def local_model(text: str) -> str:
+    """The name of the embedded checkpoint, or a folder."""
+    if text != EMBEDDED_NAME:
+        input_folder(text)
+    return os.path.expanduser(text)
 
 
 def repository_id(text: str) -> str:
@@ -238,8 +250,8 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--voice",
         metavar="VOICE",
-        help="a recording (its first 15 s are used), a file or voice pack of `indextts2 voice`, the name of a voice of the "
-        "model, or the Hub repository of a voice pack (default: the model's own)",
+        help="a recording (the first 10 s are used by tiny, 15 s by the released model), a file or voice pack of "
+        "`indextts2 voice`, the name of a voice of the model, or the Hub repository of a voice pack (default: the model's own)",
     )
     who.add_argument(
         "--adapter",
@@ -305,7 +317,7 @@ def add_speak(parser: argparse.ArgumentParser) -> None:
         help="segments synthesised together; more is faster on a GPU and takes more memory (default: %(default)s)",
     )
 
-    sampling = parser.add_argument_group("sampling", "the defaults of all but the last two are the model's own")
+    sampling = parser.add_argument_group("sampling", "the defaults of the first eight are the model's own")
     sampling.add_argument("--num-beams", type=number(int, 1), metavar="N", help="beams of the search")
     sampling.add_argument("--temperature", type=number(float, 0, is_open=True), metavar="X", help="above 0")
     sampling.add_argument("--top-p", type=number(float, 0, 1, is_open=True), metavar="X", help="above 0, at most 1")
@@ -362,7 +374,9 @@ published, with licence, consent, an emotion and an adapter of its own.
 
 def add_voice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recording", type=input_file, help="an audio file, of which the first 15 s are used; or a voice made before"
+        "recording",
+        type=input_file,
+        help="an audio file, of which tiny uses the first 10 s and the released model 15 s; or a voice made before",
     )
     parser.add_argument(
         "-o",
@@ -418,11 +432,12 @@ Tell what a checkpoint holds: parts and their sizes, rates, limits, voices. No w
 
 def add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder",
+        "model",
         nargs="?",
-        type=checkpoint_folder,
-        metavar="FOLDER",
-        help="a checkpoint, or 'tiny' for that of the package (the default)",
+        type=local_model,
+        default=EMBEDDED_NAME,
+        metavar="MODEL",
+        help="a checkpoint folder, or tiny, the one inside the package (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
@@ -462,24 +477,26 @@ def add_model(group: Any) -> None:
     group.add_argument(
         "--model",
         type=model_name,
+        default=EMBEDDED_NAME,
         metavar="MODEL",
-        help="a checkpoint folder, the id of a repository on the Hub, or 'tiny', which comes with the package (the default)",
+        help="a checkpoint folder, the id of a repository on the Hub, or tiny, the model inside the package (default: %(default)s)",
     )
 
 
 def add_device(group: Any) -> None:
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     group.add_argument(
-        "--threads",
-        type=number(int, 1),
-        metavar="N",
-        help="threads of the CPU (default: one for a small model, else as many as there are cores)",
-    )
-    group.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
         default="auto",
         help="of the text-to-semantic transformer; the rest runs in float32 (default: the saved one)",
+    )
+    group.add_argument(
+        "--threads",
+        type=number(int, 1),
+        metavar="N",
+        help="CPU threads (default: INDEXTTS2_THREADS or OMP_NUM_THREADS of the environment, else one for a model as small as tiny "
+        "and torch's choice for others)",
     )
 
 
@@ -488,9 +505,9 @@ def needs_network(args: argparse.Namespace) -> bool:
     if args.command == "push":
         return not args.dry_run
     model, voice = (getattr(args, name, None) for name in ("model", "voice"))
+    is_remote_model = model not in (None, EMBEDDED_NAME) and not os.path.isdir(model)
     is_remote_voice = voice is not None and re.fullmatch(REPOSITORY_ID, voice) and not os.path.exists(voice)
-    is_local_model = model in (None, EMBEDDED_NAME) or os.path.isdir(model)
-    return not is_local_model or bool(is_remote_voice)
+    return is_remote_model or bool(is_remote_voice)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

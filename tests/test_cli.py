@@ -26,9 +26,9 @@ from indextts2_hf import (
     IndexTTS2GenerationConfig,
     IndexTTS2T2SConfig,
     VoicePrompt,
-    choose_num_threads,
     cli,
     embedded_checkpoint,
+    set_num_threads,
 )
 from indextts2_hf.configuration_indextts2 import EMBEDDED_NAME
 
@@ -557,10 +557,21 @@ class TestThreads:
 
     def test_as_many_as_there_are_for_a_large_one(self, monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        torch.set_num_threads(2)
+        monkeypatch.delenv("INDEXTTS2_THREADS", raising=False)
         with torch.device("meta"):
             large, small = torch.nn.Linear(10_000, 10_001), torch.nn.Linear(10, 10)
-        assert (choose_num_threads(large), choose_num_threads(small)) == (2, 1)
+        torch.set_num_threads(2)
+        set_num_threads(large)
+        assert torch.get_num_threads() == 2
+        set_num_threads(small)
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("INDEXTTS2_THREADS", "2")
+        set_num_threads(small)
+        assert torch.get_num_threads() == 2
+        for wrong in ("0", "-1", "two", "1.5"):
+            monkeypatch.setenv("INDEXTTS2_THREADS", wrong)
+            with pytest.raises(ValueError, match=f"`INDEXTTS2_THREADS` is '{wrong}', but it must be a whole number"):
+                set_num_threads(small)
 
 
 class TestVoice:

@@ -41,8 +41,9 @@ NAMES = [
     "IndexTTS2Vocoder",
     "VoicePrompt",
     "balance_emotion_weights",
-    "choose_num_threads",
+    "set_num_threads",
     "embedded_checkpoint",
+    "set_num_threads",
 ]
 
 

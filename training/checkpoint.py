@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from indextts2_hf import IndexTTS2Config, IndexTTS2ForTextToWaveform, IndexTTS2SemanticCodec, VoicePrompt
-from indextts2_hf.configuration_indextts2 import checkpoint_path
+from indextts2_hf.configuration_indextts2 import resolve_checkpoint
 from indextts2_hf.modeling_indextts2 import check_weights, read_weight_shapes
 
 
@@ -45,7 +45,7 @@ def find_checkpoint(name: str) -> Path:
     Raises:
         ValueError: it is neither, or no checkpoint.
     """
-    folder = Path(checkpoint_path(name))
+    folder = Path(resolve_checkpoint(name))
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(name))

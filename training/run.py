@@ -59,8 +59,11 @@ FREE_ON_RESUME = {
 }
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that all programs share. A program sets its own defaults with `parser.set_defaults`."""
+def add_run_arguments(parser: argparse.ArgumentParser, model: str | None = EMBEDDED_NAME) -> None:
+    """
+    The options that all programs share. A program sets its own defaults with `parser.set_defaults`; where `model` is `None`,
+    --model has none and must be given.
+    """
     files = parser.add_argument_group("files")
     files.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of options; the command line comes first"

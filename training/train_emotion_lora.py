@@ -38,7 +38,7 @@ from checkpoint import load_part, save_trained_weights_alone
 from data import T2SDataset, collate_t2s, load_features
 from indextts2_hf import IndexTTS2T2SForConditionalGeneration
 from indextts2_hf.cards import compare_with_base, write_adapter_card
-from indextts2_hf.configuration_indextts2 import checkpoint_path, lasting_name
+from indextts2_hf.configuration_indextts2 import lasting_name, resolve_checkpoint
 from indextts2_hf.generation_t2s import SeededSamplingLogitsProcessor
 from indextts2_hf.modeling_indextts2 import commit_of
 from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES
@@ -312,7 +312,7 @@ def main() -> None:
     t2s = load_part(IndexTTS2T2SForConditionalGeneration, run.base, "t2s", dtype, **dropout)
     # The adapter names its base by this, not by a folder of the cache.
     t2s.name_or_path = arguments.model
-    t2s.revision = None if Path(checkpoint_path(arguments.model)).is_dir() else commit_of(run.base)
+    t2s.revision = None if Path(resolve_checkpoint(arguments.model)).is_dir() else commit_of(run.base)
     t2s.add_adapter(
         LoraConfig(
             r=arguments.rank,

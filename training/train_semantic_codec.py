@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
         help="weight of the CTC loss per label, which begins at tens; rows are not cropped then (ours: %(default)s, off; 0.01 "
         "spells minutes of speech and costs little of the variance)",
     )
-    add_run_arguments(parser)
+    add_run_arguments(parser, model=None)
     parser.set_defaults(learning_rate=3e-4, batch_size=16)
     return parse_arguments(parser)
 

@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
         "--evaluation_clips", type=positive_int, default=200, help="held-out clips, at most (default: %(default)s)"
     )
     add_columns_argument(parser)
-    add_run_arguments(parser)
+    add_run_arguments(parser, model=None)
     parser.set_defaults(learning_rate=1e-3, batch_size=16, max_train_steps=10_000)
     arguments = parse_arguments(parser)
     if arguments.crop_s < MIN_AUDIO_S:

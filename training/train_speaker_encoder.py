@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
         help="held-out clips that are embedded in an evaluation, at most (ours: %(default)s)",
     )
     add_columns_argument(parser)
-    add_run_arguments(parser)
+    add_run_arguments(parser, model=None)
     parser.set_defaults(learning_rate=1e-3, batch_size=64)
     arguments = parse_arguments(parser)
     if arguments.crop_s < MIN_AUDIO_S:

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_columns_argument(parser)
-    add_run_arguments(parser)
+    add_run_arguments(parser, model=None)
     parser.set_defaults(learning_rate=1e-4, max_grad_norm=500.0, batch_size=16, max_train_steps=1_000_000)
 
     vocoder = parser.add_argument_group("vocoder")

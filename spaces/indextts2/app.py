@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from indextts2_hf import EMOTIONS, EmotionTextModel, IndexTTS2TextToAudioPipeline
+from indextts2_hf import EMOTIONS, EmotionTextModel, IndexTTS2TextToAudioPipeline, set_num_threads
 from speaking import (
     FREE,
     MAX_CHARACTERS,
@@ -336,6 +336,7 @@ def load_pipeline(checkpoint: str | None) -> IndexTTS2TextToAudioPipeline:
     """The pipeline of a folder or Hub repository, on the GPU if there is one, with the emotion language model if it has one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = IndexTTS2TextToAudioPipeline.from_pretrained(checkpoint, device=device)
+    set_num_threads(pipe.model)
     try:
         # Everything that a repository has was downloaded with the model.
         pipe.emotion_text_model = EmotionTextModel.from_pretrained(

@@ -6,7 +6,7 @@ of its names is first used.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -17,15 +17,24 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .configuration_indextts2 import IndexTTS2Config, IndexTTS2T2SConfig
+from .configuration_indextts2 import IndexTTS2Config, IndexTTS2T2SConfig, embedded_checkpoint
 from .emotion import EMOTIONS, EmotionTextModel, balance_emotion_weights
 from .feature_extraction_indextts2 import IndexTTS2FeatureExtractor
 from .generation_t2s import IndexTTS2GenerationConfig
 from .modeling_indextts2 import IndexTTS2Duration, IndexTTS2ForTextToWaveform, IndexTTS2Output, IndexTTS2Segment
 from .modeling_t2s import IndexTTS2T2SForConditionalGeneration, IndexTTS2T2SModel, IndexTTS2T2SOutput
-from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, choose_num_threads, embedded_checkpoint
+from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, set_num_threads
 from .processing_indextts2 import IndexTTS2Processor
 from .tokenization_indextts2 import IndexTTS2Tokenizer
+
+
+if TYPE_CHECKING:
+    from .modeling_s2m import IndexTTS2SemanticToMelTransformer
+    from .modeling_semantic_codec import IndexTTS2SemanticCodec
+    from .modeling_speaker_encoder import IndexTTS2SpeakerEncoder
+    from .modeling_vocoder import IndexTTS2Vocoder
+    from .pipeline_s2m import IndexTTS2SemanticToMelPipeline, VoicePrompt
+    from .scheduling_flow_match_s2m import IndexTTS2FlowMatchScheduler
 
 
 # Names of the diffusers side, by the module that has them.
@@ -45,21 +54,27 @@ __all__ = [
     "IndexTTS2Config",
     "IndexTTS2Duration",
     "IndexTTS2FeatureExtractor",
+    "IndexTTS2FlowMatchScheduler",
     "IndexTTS2ForTextToWaveform",
     "IndexTTS2GenerationConfig",
     "IndexTTS2Output",
     "IndexTTS2Processor",
     "IndexTTS2Segment",
+    "IndexTTS2SemanticCodec",
+    "IndexTTS2SemanticToMelPipeline",
+    "IndexTTS2SemanticToMelTransformer",
+    "IndexTTS2SpeakerEncoder",
     "IndexTTS2T2SConfig",
     "IndexTTS2T2SForConditionalGeneration",
     "IndexTTS2T2SModel",
     "IndexTTS2T2SOutput",
     "IndexTTS2TextToAudioPipeline",
     "IndexTTS2Tokenizer",
+    "IndexTTS2Vocoder",
+    "VoicePrompt",
     "balance_emotion_weights",
-    "choose_num_threads",
     "embedded_checkpoint",
-    *_DIFFUSERS_SIDE,
+    "set_num_threads",
 ]
 
 

@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .cards import read_card, write_voice_card
-from .configuration_indextts2 import EMBEDDED_NAME, IndexTTS2T2SConfig, checkpoint_path
+from .configuration_indextts2 import IndexTTS2T2SConfig, resolve_checkpoint
 from .emotion import check_emotion_weights
-from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, choose_num_threads
+from .pipeline_text_to_audio import IndexTTS2TextToAudioPipeline, set_num_threads
 from .processing_indextts2 import cut_as_spoken
 
 
@@ -57,7 +57,6 @@ def speak(args: argparse.Namespace) -> None:
     text = read_text(args)
     if args.emotion_weights is not None:
         check_emotion_weights(args.emotion_weights)
-    model_name = args.model or EMBEDDED_NAME
     seed = secrets.randbits(32) if args.seed is None else args.seed
     stages = Stages(args.started)
     with replaced_at_end(args.output) as output:
@@ -105,7 +104,7 @@ def speak(args: argparse.Namespace) -> None:
                 **search_settings(args),
             ):
                 if segment.segment_index == 0 and is_untrained(read_card(Path(pipe.model.config.name_or_path))):
-                    logger.warning(f"the {model_name} model is untrained: it makes noise")
+                    logger.warning(f"the {args.model} model is untrained: it makes noise")
                 samples = to_pcm(segment.audio)
                 file.write(samples)
                 if not segment.is_last:
@@ -134,7 +133,7 @@ def speak(args: argparse.Namespace) -> None:
         "seed": seed,
         "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
         "real_time_factor": synthesis_s / duration_s,
-        "model": model_name,
+        "model": args.model,
     }
     if args.json:
         write_json(result)
@@ -229,7 +228,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    description = describe_checkpoint(args.folder)
+    description = describe_checkpoint(args.model)
     if args.json:
         write_json(description)
         return
@@ -293,12 +292,10 @@ def spoken_segments(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) ->
     return [tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) for ids in segments]
 
 
-def find_checkpoint(model: str | Path | None) -> Path:
-    """The folder of a checkpoint or an adapter: the one of the package for `None` and `"tiny"`, a folder itself, else downloaded from the Hub."""
-    path = checkpoint_path(model)
-    if os.path.isdir(path):
-        folder = Path(path)
-    else:
+def find_checkpoint(model: str) -> Path:
+    """The folder of a checkpoint or an adapter: the embedded one for its name, a folder itself, else downloaded from the Hub."""
+    folder = Path(resolve_checkpoint(model))
+    if not folder.is_dir():
         try:
             folder = Path(snapshot_download(model))
         except Exception as error:
@@ -324,7 +321,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def load_pipeline(args: argparse.Namespace) -> IndexTTS2TextToAudioPipeline:
-    """The pipeline of the asked checkpoint, or of an adapter on its base, on the asked device."""
+    """The pipeline of the asked checkpoint, or of an adapter on its base, on the asked device and with as many threads as suit it."""
     device = choose_device(args.device)
     folder = find_checkpoint(args.model)
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -335,7 +332,7 @@ def load_pipeline(args: argparse.Namespace) -> IndexTTS2TextToAudioPipeline:
     except Exception as error:
         problem = "adapter '{}' cannot be used" if is_adapter(folder) else "checkpoint '{}' is damaged or incomplete"
         raise ValueError(f"The {problem.format(folder)}: {first_line(error)}") from error
-    torch.set_num_threads(args.threads or choose_num_threads(pipe.model))
+    set_num_threads(pipe.model, args.threads)
     return pipe
 
 
@@ -352,9 +349,9 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def describe_checkpoint(folder: str | Path | None) -> dict[str, Any]:
+def describe_checkpoint(model: str) -> dict[str, Any]:
     """What a checkpoint folder holds, from its settings and the headers of its weight files."""
-    folder = find_checkpoint(folder)
+    folder = find_checkpoint(model)
     if is_adapter(folder):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise ValueError(f"'{folder}' is an adapter of '{base}': ask about that.")

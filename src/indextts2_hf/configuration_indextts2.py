@@ -1,5 +1,5 @@
 """
-Configuration of IndexTTS2: the whole model and its text-to-semantic transformer.
+Configuration of IndexTTS2: the whole model and its text-to-semantic transformer; and where the checkpoint of the package is.
 
 The semantic-to-mel transformer, the codec, the speaker encoder and the vocoder are diffusers models: their constructors
 are their configuration. Nothing here knows about them.
@@ -13,9 +13,12 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
 
 
-# The name of the checkpoint that comes with the package, wherever one is asked for. A folder of that name is `./tiny`.
+logger = logging.get_logger(__name__)
+
+# The name of the checkpoint that comes with the package, wherever one is asked for.
 EMBEDDED_NAME = "tiny"
 
 # Keys beside a config's own fields that transformers, PEFT and the Hub write into `config.json`.
@@ -39,14 +42,18 @@ def embedded_checkpoint() -> Path:
     return Path(str(resources.files(__package__) / "embedded"))
 
 
-def checkpoint_path(name: str | os.PathLike | None) -> str:
+def resolve_checkpoint(name: str | os.PathLike | None) -> str:
     """
-    What to load for the name of a checkpoint: the folder of the package for `"tiny"` and `None`, else the name itself. A path
-    object is always a folder.
+    Where a checkpoint is: the folder of the package for `"tiny"` and `None`, anything else as it is given. The name goes before a
+    folder `tiny` in the current directory, which is meant by `"./tiny"` or by a `Path`.
     """
-    if name is None or name == EMBEDDED_NAME:
-        return str(embedded_checkpoint())
-    return os.path.join(os.curdir, EMBEDDED_NAME) if str(name) == EMBEDDED_NAME else str(name)
+    if name is not None and name != EMBEDDED_NAME:
+        return os.path.join(os.curdir, EMBEDDED_NAME) if str(name) == EMBEDDED_NAME else os.fspath(name)
+    if name is not None and os.path.isdir(EMBEDDED_NAME):
+        logger.warning(
+            f"{EMBEDDED_NAME!r} is the checkpoint of the package; the folder of that name is './{EMBEDDED_NAME}'."
+        )
+    return str(embedded_checkpoint())
 
 
 def lasting_name(name: str) -> str:
@@ -286,4 +293,4 @@ class IndexTTS2Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-__all__ = ["IndexTTS2Config", "IndexTTS2T2SConfig"]
+__all__ = ["IndexTTS2Config", "IndexTTS2T2SConfig", "embedded_checkpoint"]

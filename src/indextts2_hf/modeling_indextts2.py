@@ -31,7 +31,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput, logging
 
-from .configuration_indextts2 import IndexTTS2Config, checkpoint_path
+from .configuration_indextts2 import IndexTTS2Config, resolve_checkpoint
 from .generation_t2s import OWN_SETTINGS, IndexTTS2GenerationConfig, SeededSamplingLogitsProcessor
 from .modeling_t2s import IndexTTS2T2SForConditionalGeneration
 
@@ -111,8 +111,8 @@ class IndexTTS2Output(ModelOutput):
     durations: list[list[IndexTTS2Duration | None]] | None = None
 
 
-@dataclass
-class IndexTTS2Segment(ModelOutput):
+@dataclass(frozen=True)
+class IndexTTS2Segment:
     r"""
     One finished piece of a text.
 
@@ -125,11 +125,11 @@ class IndexTTS2Segment(ModelOutput):
         duration ([`IndexTTS2Duration`]): how its length came about; `None` where no `duration_s` was asked for.
     """
 
-    text_index: int | None = None
-    segment_index: int | None = None
-    is_last: bool | None = None
-    audio: torch.FloatTensor | None = None
-    semantic_ids: torch.LongTensor | None = None
+    text_index: int
+    segment_index: int
+    is_last: bool
+    audio: torch.Tensor
+    semantic_ids: torch.Tensor
     duration: IndexTTS2Duration | None = None
 
 
@@ -298,7 +298,7 @@ def read_adapter_base(folder: str) -> dict[str, str] | None:
 
 def _find_base(name: str, adapter: str) -> str:
     """The folder of an adapter's base: that of the package, the one named, or one beside the adapter; else the name."""
-    name = checkpoint_path(name)
+    name = resolve_checkpoint(name)
     if not os.path.isdir(name):
         # The folder was moved together with its adapter, or its path was relative to where the adapter was made.
         wanted = os.path.basename(os.path.normpath(name)) if os.path.isabs(name) else name
@@ -428,7 +428,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         A model from its checkpoint folder or Hub repository, or from those of an adapter, which name its base.
 
         Args:
-            pretrained_model_name_or_path (`str`): folder, repository id, or `"tiny"` for the checkpoint of the package.
+            pretrained_model_name_or_path (`str`): folder, repository id, or `"tiny"`, the checkpoint of the package.
             config ([`IndexTTS2Config`], *optional*): instead of the folder's `config.json`.
             cache_dir, force_download, local_files_only, token, revision: as everywhere in transformers.
             dtype (`str` or `torch.dtype`, *optional*): of the text-to-semantic transformer; by default the saved one.
@@ -457,12 +457,12 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             "local_files_only": local_files_only,
             "token": token,
         }
-        pretrained_model_name_or_path = folder = checkpoint_path(pretrained_model_name_or_path)
+        pretrained_model_name_or_path = folder = resolve_checkpoint(pretrained_model_name_or_path)
         if not os.path.isdir(folder):
             folder = snapshot_download(folder, revision=revision, **download)
         base = read_adapter_base(folder)
         if base is not None:
-            name = base["pretrained_model_name_or_path"]
+            name = base["pretrained_model_name_or_path"] = resolve_checkpoint(base["pretrained_model_name_or_path"])
             try:
                 if not os.path.isdir(name):
                     snapshot_download(name, revision=base["revision"], **download)
@@ -484,7 +484,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         check_settings_files(folder)
         if config is None:
             config = IndexTTS2Config.from_pretrained(folder)
-        config.name_or_path = str(pretrained_model_name_or_path)
+        config.name_or_path = pretrained_model_name_or_path
 
         shapes = {name: read_weight_shapes(os.path.join(folder, name)) for name in _PART_NAMES}
         t2s = IndexTTS2T2SForConditionalGeneration.from_pretrained(

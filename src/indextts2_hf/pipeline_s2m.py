@@ -262,6 +262,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
         feature_extractor ([`IndexTTS2FeatureExtractor`]): recordings to inputs.
     """
 
+    scheduler: IndexTTS2FlowMatchScheduler
     model_cpu_offload_seq = "semantic_encoder->semantic_codec->speaker_encoder->s2m->vocoder"
     _callback_tensor_inputs = ["sample"]
 
@@ -560,7 +561,7 @@ class IndexTTS2SemanticToMelPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        semantic_ids: torch.LongTensor,
+        semantic_ids: torch.Tensor,
         voice: VoicePrompt | list[VoicePrompt],
         t2s_hidden_states: torch.Tensor | None = None,
         semantic_lengths: torch.LongTensor | None = None,

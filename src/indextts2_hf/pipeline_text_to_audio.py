@@ -5,17 +5,21 @@ The front door: `IndexTTS2TextToAudioPipeline`, text to speech with a voice, an 
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, TypedDict, overload
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from transformers import BatchFeature, TextToAudioPipeline
-from transformers.pipelines.text_to_audio import AudioOutput
 
-from .configuration_indextts2 import checkpoint_path, embedded_checkpoint
+from .configuration_indextts2 import resolve_checkpoint
 from .emotion import EmotionTextModel
 from .modeling_indextts2 import IndexTTS2ForTextToWaveform, IndexTTS2Output, IndexTTS2Segment
 from .processing_indextts2 import EmotionWeights, IndexTTS2Processor
+
+
+if TYPE_CHECKING:
+    from .pipeline_s2m import VoicePrompt
 
 
 # Arguments of the processor and of this pipeline's own steps; all others go to the model.
@@ -27,15 +31,44 @@ _HUB_NAMES = ("cache_dir", "local_files_only", "token", "revision")
 _FILE_ENDINGS = (".aac", ".aif", ".aiff", ".au", ".caf", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus")
 _FILE_ENDINGS += (".safetensors", ".wav", ".webm", ".wma")
 
+# Operations of a smaller model are too short to be shared among threads.
+_THREADED_PARAMETERS = 100_000_000
 
-def choose_num_threads(model: torch.nn.Module) -> int:
+
+def set_num_threads(model: torch.nn.Module, num_threads: int | None = None) -> None:
+    r"""
+    Sets the CPU threads of this process to what suits a model: one below 100 M parameters, otherwise as many as torch takes by
+    itself. For programs to call; nothing in the package does so by itself.
+
+    Args:
+        model (`torch.nn.Module`):
+            What is going to run.
+        num_threads (`int`, *optional*):
+            So many instead. Otherwise the environment variable `INDEXTTS2_THREADS` says it, or `OMP_NUM_THREADS`, which torch has read.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
     """
-    Threads of the CPU for a program that speaks with `model`, to be set by `torch.set_num_threads`: one for less than 100 million
-    parameters, whose operations are too small to share (on a busy machine two threads were ten times slower), else torch's own
-    choice. The variable `OMP_NUM_THREADS` goes first.
+    name, given = "num_threads", num_threads
+    if given is None:
+        name, given = "INDEXTTS2_THREADS", os.environ.get("INDEXTTS2_THREADS")
+    if given:
+        if not re.fullmatch(r"0*[1-9]\d*", str(given)):
+            raise ValueError(
+                f"`{name}` is {given!r}, but it must be a whole number of at least 1. Leave it out for what suits."
+            )
+        torch.set_num_threads(int(given))
+    elif not os.environ.get("OMP_NUM_THREADS") and sum(p.numel() for p in model.parameters()) < _THREADED_PARAMETERS:
+        torch.set_num_threads(1)
+
+
+class Speech(TypedDict):
     """
-    is_small = sum(parameter.numel() for parameter in model.parameters()) < 100e6
-    return 1 if is_small and "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
+    What the pipeline gives for one text: `audio`, float32 of shape `(num_samples,)` in [-1, 1], and its `sampling_rate` in Hz.
+    """
+
+    audio: np.ndarray
+    sampling_rate: int
 
 
 class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
@@ -50,6 +83,9 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
             Language model that reads `emotion_text`; by default the checkpoint's own, loaded when it is first needed.
     """
 
+    model: IndexTTS2ForTextToWaveform
+    processor: IndexTTS2Processor
+
     def __init__(self, *args: Any, emotion_text_model: EmotionTextModel | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.emotion_text_model = emotion_text_model
@@ -61,11 +97,13 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         pretrained_model_name_or_path: str | os.PathLike | None = None,
         device: str | torch.device = "cpu",
         **kwargs: Any,
-    ) -> "IndexTTS2TextToAudioPipeline":
+    ) -> Self:
         """
-        The pipeline of a checkpoint or of an adapter, by default of `"tiny"`, which comes with the package; `kwargs` go to [`IndexTTS2ForTextToWaveform.from_pretrained`].
+        The pipeline of a checkpoint or of an adapter: a folder, a Hub repository, or by default `"tiny"`, the small checkpoint that
+        comes with the package (a folder of that name in the current directory is `"./tiny"`). `kwargs` go to
+        [`IndexTTS2ForTextToWaveform.from_pretrained`].
         """
-        pretrained_model_name_or_path = checkpoint_path(pretrained_model_name_or_path)
+        pretrained_model_name_or_path = resolve_checkpoint(pretrained_model_name_or_path)
         model = IndexTTS2ForTextToWaveform.from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub_arguments = {name: kwargs[name] for name in _HUB_NAMES if name in kwargs}
         checkpoint = model.config.name_or_path
@@ -86,9 +124,57 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         if self.emotion_text_model is not None:
             self.emotion_text_model.save_pretrained(save_directory)
 
+    @overload
     def __call__(
         self,
-        text: str | list[str],
+        text: str,
+        *,
+        voice: Any = None,
+        emotion_audio: Any = None,
+        emotion_weights: EmotionWeights | None = None,
+        emotion_text: str | bool | None = None,
+        emotion_strength: float = 1.0,
+        duration_s: float | None = None,
+        num_semantic_tokens: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Speech: ...
+
+    @overload
+    def __call__(
+        self,
+        text: list[str] | tuple[str, ...],
+        *,
+        voice: Any = None,
+        emotion_audio: Any = None,
+        emotion_weights: EmotionWeights | Sequence[EmotionWeights | None] | None = None,
+        emotion_text: str | Sequence[str | None] | bool | None = None,
+        emotion_strength: float | Sequence[float] = 1.0,
+        duration_s: float | Sequence[float | None] | None = None,
+        num_semantic_tokens: int | Sequence[int | None] | None = None,
+        seed: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> list[Speech]: ...
+
+    @overload
+    def __call__(
+        self,
+        text: Iterator[str],
+        *,
+        voice: Any = None,
+        emotion_audio: Any = None,
+        emotion_weights: EmotionWeights | None = None,
+        emotion_text: str | bool | None = None,
+        emotion_strength: float = 1.0,
+        duration_s: float | None = None,
+        num_semantic_tokens: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Speech]: ...
+
+    def __call__(
+        self,
+        text: str | list[str] | tuple[str, ...] | Iterator[str],
         *,
         voice: Any = None,
         emotion_audio: Any = None,
@@ -99,7 +185,7 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
         num_semantic_tokens: int | list[int | None] | None = None,
         seed: int | list[int] | None = None,
         **kwargs: Any,
-    ) -> AudioOutput | list[AudioOutput]:
+    ) -> Speech | list[Speech] | Iterator[Speech]:
         r"""
         Speech for one text or a batch of texts.
 
@@ -257,7 +343,7 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
             arguments["voice"] = _each_once(arguments["voice"], self.load_voice)
         return arguments
 
-    def load_voice(self, voice: Any) -> Any:
+    def load_voice(self, voice: Any) -> "VoicePrompt":
         """
         A `VoicePrompt` from any form of a voice: a `VoicePrompt`, a name of the checkpoint, a saved voice or voice pack, a
         recording. What is none of these and looks like `owner/name` is had from the Hub.
@@ -315,4 +401,4 @@ def _each_once(value: Any, function: Callable[[Any], Any]) -> Any:
     return [done[item if isinstance(item, str | os.PathLike) else id(item)] for item in value]
 
 
-__all__ = ["IndexTTS2TextToAudioPipeline", "choose_num_threads", "embedded_checkpoint"]
+__all__ = ["IndexTTS2TextToAudioPipeline", "Speech", "set_num_threads"]

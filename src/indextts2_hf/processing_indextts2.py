@@ -166,7 +166,7 @@ class IndexTTS2Processor(ProcessorMixin):
             text (`str` or `list[str]`):
                 One text or several, of any length.
             speaker_audio (path, bytes, `(array, rate)` or audio `dict`, *optional*):
-                A recording of the voice, for all texts. Its first 15 s are used. To use it more than once, make a
+                A recording of the voice, for all texts. Its first `max_audio_s` are used. To use it more than once, make a
                 `VoicePrompt` of it instead.
             emotion_audio (path, bytes, `(array, rate)` or audio `dict`, *optional*):
                 A recording of the emotion, for all texts.
