@@ -2,6 +2,7 @@
 
 import io
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -370,6 +371,77 @@ def test_progress(pipe):
     calls = []
     pipe(TEXT, seed=1, progress_callback=lambda *call: calls.append(call), **FAST)
     assert {kind for kind, _, _ in calls} == {"tokens", "mel"} and calls[-1] == ("mel", 2, 2)
+
+
+class Cancelled(Exception):
+    pass
+
+
+def cancel_at(stage, place):
+    """A `progress_callback` that ends the call at that step of a half, and a list of what it was called with."""
+    calls = []
+
+    def report(*call):
+        calls.append(call)
+        if call[0] == stage and call[1] == place:
+            raise Cancelled
+
+    return report, calls
+
+
+def state_of(pipe):
+    """What a call could leave behind."""
+    t2s = pipe.model.t2s
+    switches = [getattr(module, "disable_adapters", None) for module in t2s.modules()]
+    return {
+        "adapters": t2s.active_adapters() if t2s._hf_peft_config_loaded else [],
+        "are off": any(is_off is True for is_off in switches),
+        "random": torch.get_rng_state().tolist(),
+        "settings": t2s.generation_config.to_dict(),
+        "scheduler": {
+            name: value for name, value in vars(pipe.model.scheduler).items() if not isinstance(value, torch.Tensor)
+        },
+        "training": [module.training for module in pipe.model.modules()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in t2s.modules()],
+    }
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=str)
+def test_a_call_that_ends_early_leaves_nothing_behind(settings, tiny_checkpoint, tiny_adapter, tiny_voice):
+    """Between segments and within one, in either half; in the manner of an adapter, which the voice brings, with and without another."""
+    pipe = IndexTTS2TextToAudioPipeline.from_pretrained(tiny_checkpoint)
+    text, options = (
+        "Good morning, my friend. How are you today?",
+        {"seed": 1, **FAST, **settings, "max_text_tokens": 8},
+    )
+    styled = replace(tiny_voice, adapter=str(tiny_adapter))
+    voices = [tiny_voice, styled]
+    plain, adapted = (pipe(text, voice=voice, **options)["audio"] for voice in voices)
+    assert not same(plain, adapted)
+    for own_adapter in (False, True):
+        if own_adapter:
+            pipe.model.t2s.load_adapter(str(tiny_adapter), "own")
+        before = state_of(pipe)
+        assert before["are off"] is not own_adapter
+
+        for voice in voices:
+            # Between segments: one and no more.
+            for segment in pipe.stream(text, voice=voice, **options):
+                assert not segment.is_last
+                break
+            assert state_of(pipe) == before
+            # Within one.
+            for stage, place in (("tokens", 3), ("mel", 1)):
+                report, calls = cancel_at(stage, place)
+                with pytest.raises(Cancelled):
+                    pipe(text, voice=voice, progress_callback=report, **options)
+                assert calls[-1][:2] == (stage, place)
+                with pytest.raises(Cancelled):
+                    list(pipe.stream(text, voice=voice, progress_callback=cancel_at(stage, place)[0], **options))
+                assert state_of(pipe) == before
+        expected = [adapted, adapted] if own_adapter else [plain, adapted]
+        for voice, audio in zip(voices, expected, strict=True):
+            assert np.array_equal(pipe(text, voice=voice, **options)["audio"], audio)
 
 
 def test_saving_and_loading(pipe, tmp_path):

@@ -696,7 +696,8 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 Generation settings instead of the model's.
             progress_callback (`Callable`, *optional*):
                 Called with `("tokens", done, None)` for each generated token of a batch of segments and with
-                `("mel", done, total)` for each flow-matching step.
+                `("mel", done, total)` for each flow-matching step. An exception that it raises ends the call, and leaves the model
+                as it was.
             kwargs:
                 Generation settings of the text-to-semantic transformer, such as `temperature`, `num_beams` or
                 `duration_conditioning`.

@@ -251,7 +251,7 @@ class IndexTTS2TextToAudioPipeline(TextToAudioPipeline):
     def stream(self, text: str | list[str], **kwargs: Any) -> Iterator[IndexTTS2Segment]:
         """
         The same, segment by segment, each as soon as it is ready: yields [`IndexTTS2Segment`], whose `audio` is a tensor
-        without the pauses. Takes the arguments of `__call__`.
+        without the pauses. Takes the arguments of `__call__`. Whoever leaves the loop ends the call.
         """
         preprocess_params, forward_params, _ = self._sanitize_parameters(**self._named(**kwargs))
         inputs = self.preprocess(text, **(self._preprocess_params | preprocess_params))
