@@ -21,6 +21,7 @@ NAMES = [
     "EMOTIONS",
     "EmotionTextModel",
     "IndexTTS2Config",
+    "IndexTTS2Duration",
     "IndexTTS2FeatureExtractor",
     "IndexTTS2FlowMatchScheduler",
     "IndexTTS2ForTextToWaveform",
@@ -41,7 +42,6 @@ NAMES = [
     "IndexTTS2Vocoder",
     "VoicePrompt",
     "balance_emotion_weights",
-    "set_num_threads",
     "embedded_checkpoint",
     "set_num_threads",
 ]
