@@ -1,6 +1,7 @@
 """The Space and its API: what it gives, what it refuses and how it says so, and what stays behind."""
 
 import base64
+import gc
 import io
 import json
 import re
@@ -49,6 +50,14 @@ def sound(path: Path, seconds: float, sampling_rate: int = 16000, **kwargs) -> s
 
 
 # --- what happens with a request -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What is there stays out of collections, as in the server: each picture asks for one."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def page_values(pipe: IndexTTS2TextToAudioPipeline, **changes) -> list:

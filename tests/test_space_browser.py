@@ -14,11 +14,12 @@ import soundfile
 from conftest import make_speech
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from app import LONG_TEXT
 from indextts2_hf import IndexTTS2ForTextToWaveform, embedded_checkpoint
+from showing import EXAMPLES, LONG_TEXT
+from speaking import FEELINGS
 
 
-PATIENCE_MS = 60_000
+PATIENCE_MS = 200_000
 expect.set_options(timeout=PATIENCE_MS)
 
 
@@ -106,19 +107,109 @@ def test_type_choose_generate_hear(visit, model, tmp_path):
         page.locator("#speech").get_by_role("link").click()
     download.value.save_as(tmp_path / "speech.wav")
     assert soundfile.info(tmp_path / "speech.wav").frames == round(1.6 * model.config.sampling_rate)
+    for name, begin in (
+        ("MP3", b"\xff"),
+        ("SRT", b"1\n00:00:00,000 --> 00:00:01,600\nHello there. How are you today?\n"),
+    ):
+        with page.expect_download() as download:
+            page.locator("#downloads").get_by_role("link", name=name).click()
+        assert download.value.suggested_filename == f"speech.{name.lower()}"
+        download.value.save_as(tmp_path / "download")
+        assert (tmp_path / "download").read_bytes().startswith(begin)
+
+
+def test_the_first_visit(visit, model):
+    """All that is made beforehand: examples, voices, buttons that set the sliders."""
+    page = visit()
+    expect(text_of(page)).to_have_value(EXAMPLES["A greeting"]["text"])
+    assert duration_s(page) > 0.5
+    expect(page.get_by_alt_text("Waveform and mel spectrogram of the speech")).to_be_visible()
+    expect(page.locator("#consent")).to_be_hidden()
+    page.evaluate("""window.played = [];
+        document.addEventListener('play', event => played.push(event.target.duration), true)""")
+    for name, example in EXAMPLES.items():
+        page.get_by_role("button", name=name, exact=True).click()
+        expect(page.locator("#status")).to_contain_text(f"“{name}”")
+        expect(text_of(page)).to_have_value(example["text"])
+        page.wait_for_function("document.querySelector('#speech audio').currentTime > 0")
+        if "duration_s" in example:
+            assert duration_s(page) == example["duration_s"]
+            expect(page.get_by_label("Seconds", exact=True)).to_have_value("3")
+            expect(page.locator("#code .cm-content")).to_contain_text("duration_s=3.0")
+
+    for name in model.voices:
+        page.get_by_role("button", name=f"▶ {name}").click()
+        expect(page.get_by_label("Voice", exact=True)).to_have_value(name)
+        page.wait_for_function("document.querySelector('#sample audio')?.currentTime > 0")
+    assert page.evaluate("[...document.querySelectorAll('audio')].filter(one => !one.paused).length") == 1
+
+    page.get_by_role("button", name="Sad", exact=True).click()
+    expect(page.get_by_label("number input for Sad")).to_have_value("1")
+    page.get_by_role("button", name="Calm", exact=True).click()
+    expect(page.get_by_label("number input for Calm")).to_have_value("1")
+    expect(page.get_by_label("number input for Sad")).to_have_value("0")
 
     if screenshot := os.environ.get("INDEXTTS2_SCREENSHOT"):
-        page.set_viewport_size({"width": 1180, "height": 1000})
-        page.mouse.move(0, 0)
+        page.reload()
+        page.set_viewport_size({"width": 1180, "height": 900})
+        page.wait_for_function("document.querySelector('#picture img')?.naturalWidth > 500")
+        page.wait_for_timeout(500)
         page.screenshot(path=screenshot)
+
+
+def test_stop_and_speak_again(visit):
+    page = visit()
+    speak, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Speak", "Stop"))
+    status = page.locator("#status")
+    text_of(page).fill(LONG_TEXT)
+    speak.click()
+    expect(status).to_contain_text(re.compile(r"Speaking, \d+%"))
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    stop.click()
+    expect(status).to_contain_text("Stopped.")
+    text_of(page).fill("Hello.")
+    page.get_by_label("Seed").fill("7")
+    speak.click()
+    wait_until_spoken(page)
+    expect(status).to_contain_text("seed 7.")
+    expect(page.locator("#code .cm-content")).to_contain_text("'Hello.'")
+    assert duration_s(page) < 5
+
+
+def test_takes_and_versions_side_by_side(visit):
+    page = visit()
+    text_of(page).fill("Hello.")
+    for seed in ("1", "2"):
+        page.get_by_label("Seed").fill(seed)
+        page.get_by_role("button", name="Speak", exact=True).click()
+        expect(page.locator("#status")).to_contain_text(f"seed {seed}.")
+    takes = page.locator("#takes li")
+    assert ["seed 2" in takes.nth(0).inner_text(), "seed 1" in takes.nth(1).inner_text()] == [True, True]
+    for take, choice in ((1, "A"), (2, "B")):
+        expect(page.get_by_role("button", name=f"Take {take} is {choice}")).to_have_attribute("aria-pressed", "true")
+    # As slowly as a browser plays, so that no sound ends meanwhile.
+    page.evaluate("document.querySelectorAll('#takes audio').forEach(one => { one.playbackRate = 0.0625; })")
+    page.get_by_role("button", name="Play A and B in turn").click()
+    page.wait_for_function("document.querySelector('[aria-label=\"Take 1\"]').currentTime > 0")
+    page.get_by_role("button", name="Playing A: change to B").click()
+    page.wait_for_function("document.querySelector('[aria-label=\"Take 2\"]').currentTime > 0")
+    assert page.evaluate("document.querySelector('[aria-label=\"Take 1\"]').paused")
+
+    page.get_by_role("button", name="In three emotions").click()
+    expect(page.locator("#status")).to_contain_text("3 versions, seed 2.")
+    assert page.locator("#versions figcaption b").all_inner_texts() == list(FEELINGS)
+    page.wait_for_function(
+        "[...document.querySelectorAll('#versions audio')].filter(one => one.duration > 0).length === 3"
+    )
+    assert page.evaluate("[...document.querySelectorAll('#versions img')].every(one => one.naturalWidth > 50)")
 
 
 def test_a_long_text_is_heard_segment_by_segment(visit):
     page = visit()
-    page.get_by_role("button", name="A long text").click()
-    expect(text_of(page)).to_have_value(LONG_TEXT)
     # What looks like a program is read out, not run.
-    text_of(page).fill("<img src=x onerror=alert(1)> ${document.title = 'x'} {{value}}. " + LONG_TEXT)
+    text_of(page).fill(
+        "<img src=x onerror=alert(1)> ${document.title = 'x'} {{value}}. " + LONG_TEXT + " It was late."
+    )
     # What is heard, and how many segments were there before the whole: written down by the page, which misses nothing.
     page.evaluate("""window.played = []; window.before = 0;
         document.addEventListener('play', event => played.push(event.target.getAttribute('aria-label')), true);
@@ -143,8 +234,12 @@ def test_wrong_input_is_told_and_the_page_goes_on(visit, tmp_path):
     page = visit()
     speak = page.get_by_role("button", name="Speak", exact=True)
     alert = page.get_by_test_id("toast-body")
+    text_of(page).fill("")
     speak.click()
     expect(alert).to_contain_text("text", ignore_case=True)
+    # What was there before is gone.
+    expect(page.locator("#status")).to_have_text("Nothing was spoken.")
+    assert page.locator("#speech audio[src]").count() == 0
     page.get_by_test_id("toast-close").click()
 
     text_of(page).fill("a" * 5000)
@@ -169,6 +264,7 @@ def test_own_voice_from_a_file_and_from_the_microphone(visit, tmp_path):
     soundfile.write(tmp_path / "anna.wav", make_speech(1.5, 16000), 16000)
     page.locator("input[type=file]").first.set_input_files(tmp_path / "anna.wav")
     expect(page.get_by_label("Voice", exact=True)).to_be_disabled()
+    expect(page.locator("#consent")).to_be_visible()
     text_of(page).fill("Hello.")
     page.get_by_role("button", name="Speak", exact=True).click()
     wait_until_spoken(page)
@@ -186,14 +282,22 @@ def test_own_voice_from_a_file_and_from_the_microphone(visit, tmp_path):
 
 
 def test_on_a_phone(visit):
-    page = visit(width=360, height=740)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page = visit(width=390, height=844)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # All that a visitor needs first is seen without scrolling, and so is what comes of it.
+    for name in (*EXAMPLES, "Speak", "Stop"):
+        expect(page.get_by_role("button", name=name, exact=True)).to_be_in_viewport(ratio=1)
+    page.get_by_role("button", name="With joy").click()
+    expect(page.locator("#status")).to_contain_text("With joy")
+    expect(page.locator("#speech audio")).to_be_in_viewport(ratio=1)
     text_of(page).fill("Hello there.")
     page.get_by_role("button", name="Speak", exact=True).click()
+    expect(page.locator("#status")).to_contain_text("Speaking")
+    expect(page.locator("#status")).to_be_in_viewport(ratio=1)
     wait_until_spoken(page)
-    # The result is below all controls there, and comes into sight by itself.
-    expect(page.locator("#speech")).to_be_in_viewport()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    expect(page.locator("#speech audio")).to_be_in_viewport(ratio=1)
+    assert page.evaluate("scrollY") == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_by_keyboard_alone(visit):
@@ -207,6 +311,7 @@ def test_by_keyboard_alone(visit):
         raise AssertionError(f"not reached: {script}")
 
     tab_to("element.placeholder === 'What to say'")
+    page.keyboard.press("Control+A")
     page.keyboard.type("Hello there.")
     # Gradio makes every choice a stop of its own.
     tab_to("element.type === 'radio' && element.value === 'seconds'")
