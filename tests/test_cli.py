@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,6 @@ from indextts2_hf import (
     VoicePrompt,
     cli,
     embedded_checkpoint,
-    set_num_threads,
 )
 from indextts2_hf.configuration_indextts2 import EMBEDDED_NAME
 
@@ -143,6 +143,29 @@ class TestProcess:
         )
         assert os.listdir(tmp_path) == ["text.wav"]
 
+    def test_the_package_is_a_program(self, tmp_path):
+        """`python -m indextts2_hf` is the command, and like it connects to nothing for the embedded model."""
+        source = Path(indextts2_cli.__file__).parent
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        options = ["speak", HELLO, "--duration-s", "1", "--seed", "1", "--json"]
+        with socket.create_server(("127.0.0.1", 0)) as hub:
+            hub.settimeout(0.1)
+            environment |= {"PYTHONPATH": str(source), "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}"}
+            result = subprocess.run(
+                [sys.executable, "-m", "indextts2_hf", *options],
+                capture_output=True,
+                text=True,
+                env=environment,
+                cwd=tmp_path,
+                timeout=300,
+            )
+            assert result.returncode == 0, result.stderr
+            with pytest.raises(TimeoutError):
+                hub.accept()
+        assert json.loads(result.stdout)["model"] == "tiny"
+        assert result.stderr == ""
+        assert soundfile.info(tmp_path / "out.wav").frames == EMBEDDED.sampling_rate
+
 
 class TestParser:
     @pytest.mark.parametrize("command", ["speak", "voice", "convert", "info", "push"])
@@ -163,7 +186,14 @@ class TestParser:
             ([], "the following arguments are required: COMMAND"),
             (["sing"], "invalid choice: 'sing'"),
             (["speak", "a", "b"], "unrecognized arguments: b"),
-            (["speak", "a", "--duration", "1"], "unrecognized arguments: --duration"),
+            (["speak", "a", "--duration", "1"], "unrecognized arguments: --duration 1, did you mean --duration-s?"),
+            (["speak", "a", "--durations-s=1"], "unrecognized arguments: --durations-s=1, did you mean --duration-s?"),
+            (["speak", "a", "--xyz"], "unrecognized arguments: --xyz (see"),
+            (
+                ["voice", __file__, "-o", "a", "--consents", "b"],
+                "did you mean --consent? (see `indextts2 voice --help`)",
+            ),
+            (["speak", "a", "--threads", "0"], "'0' is not a whole number of at least 1"),
             (["speak", "a", "--duration-s", "0"], "'0' is not a number above 0"),
             (["speak", "a", "--duration-s", "-1"], "'-1' is not a number above 0"),
             (["speak", "a", "--duration-s", "nan"], "'nan' is not a number above 0"),
@@ -206,8 +236,65 @@ class TestParser:
     def test_model_is_a_file(self, run):
         assert_refused(run("speak", HELLO, "--model", __file__), "is a file, name a checkpoint folder")
 
+    def test_help_says_nothing_that_depends_on_the_model(self, run):
+        said = " ".join(run("speak", "--help").output.split())
+        assert "most text tokens in a segment (default: the model's own)" in said
+        assert "flow-matching steps --guidance-scale" in said
+        # As it is in the checkpoints that are named.
+        released, tiny = (
+            extractor.max_audio_s
+            for extractor in (
+                IndexTTS2FeatureExtractor(),
+                IndexTTS2FeatureExtractor.from_pretrained(embedded_checkpoint()),
+            )
+        )
+        assert f"the first {tiny:g} s are used by tiny, {released:g} s by the released model" in said
+        said = " ".join(run("voice", "--help").output.split())
+        assert f"tiny uses the first {tiny:g} s and the released model {released:g} s" in said
+
+    def test_the_embedded_model_has_one_name(self, run):
+        assert indextts2_cli.EMBEDDED_NAME == EMBEDDED_NAME
+        for arguments in (["speak", HELLO], ["voice", __file__, "-o", "a"], ["info"]):
+            parser = indextts2_cli.build_parser()
+            args = parser.parse_args(arguments)
+            assert args.model == "tiny" and not indextts2_cli.needs_network(args)
+            # A folder of that name changes nothing of what the name means.
+            os.makedirs("tiny", exist_ok=True)
+            assert parser.parse_args([*arguments, *(["--model"] * (arguments[0] != "info")), "tiny"]).model == "tiny"
+            assert (
+                parser.parse_args([*arguments, *(["--model"] * (arguments[0] != "info")), "./tiny"]).model == "./tiny"
+            )
+            os.rmdir("tiny")
+
 
 class TestSpeak:
+    def test_the_name_goes_before_a_folder(self, run, tiny_checkpoint):
+        options = ["--duration-s", "1", "--seed", "1", "--json"]
+        assert run("speak", HELLO, *options, "-o", "default.wav").errors == []
+        shutil.copytree(tiny_checkpoint, "tiny")
+        named = run("speak", HELLO, *options, "--model", "tiny", "-o", "named.wav")
+        assert (named.code, json.loads(named.output)["model"]) == (0, "tiny")
+        assert named.errors == [
+            "indextts2: warning: 'tiny' is the checkpoint of the package; the folder of that name is './tiny'."
+        ]
+        assert Path("named.wav").read_bytes() == Path("default.wav").read_bytes()
+        folder = run("speak", HELLO, *options, "--model", "./tiny", "-o", "folder.wav")
+        assert (folder.code, json.loads(folder.output)["model"], folder.errors) == (0, "./tiny", [])
+        assert soundfile.info("folder.wav").samplerate == SAMPLING_RATE
+        assert json.loads(run("info", "tiny", "--json").output)["folder"] == str(embedded_checkpoint())
+        assert json.loads(run("info", "./tiny", "--json").output)["folder"] == "tiny"
+
+    def test_threads_suit_the_model(self, run, monkeypatch):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        before = torch.get_num_threads()
+        try:
+            for arguments, expected in ((["--threads", "2"], 2), ([], 1)):
+                torch.set_num_threads(3)
+                assert run("speak", HELLO, "-q", "--num-semantic-tokens", "9", *arguments).code == 0
+                assert torch.get_num_threads() == expected
+        finally:
+            torch.set_num_threads(before)
+
     def test_summary(self, run):
         result = run("speak", HELLO, "--duration-s", "1.2345", "--seed", "5")
         assert result.code == 0, result.errors
@@ -513,67 +600,6 @@ class TestSpeak:
         assert os.listdir() == []
 
 
-class TestNames:
-    def test_tiny_is_the_checkpoint_of_the_package(self, run, monkeypatch):
-        assert indextts2_cli.EMBEDDED_NAME == EMBEDDED_NAME
-        # A folder of that name is named by a path.
-        Path("tiny").mkdir()
-        options = ["--duration-s", "1", "--seed", "1", "--json", "--num-candidates", "1", "--num-inference-steps", "2"]
-        results = [
-            run("speak", HELLO, *options, *model, "-o", f"{number}.wav")
-            for number, model in enumerate(([], ["--model", "tiny"], ["--model", str(embedded_checkpoint())]))
-        ]
-        assert [result.code for result in results] == [0, 0, 0]
-        assert [json.loads(result.output)["model"] for result in results[:2]] == ["tiny", "tiny"]
-        assert Path("0.wav").read_bytes() == Path("1.wav").read_bytes() == Path("2.wav").read_bytes()
-        assert (
-            run("speak", HELLO, "--model", "./tiny").errors[0].startswith("indextts2: error: 'tiny' is no IndexTTS2")
-        )
-        assert run("info", "tiny").output == run("info").output == run("info", embedded_checkpoint()).output
-
-    def test_as_a_module(self):
-        command = [sys.executable, "-m", "indextts2_hf", "info", "--json"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert json.loads(result.stdout)["folder"] == str(embedded_checkpoint())
-
-
-class TestThreads:
-    @pytest.fixture(autouse=True)
-    def as_it_was(self):
-        before = torch.get_num_threads()
-        yield
-        torch.set_num_threads(before)
-
-    def test_one_for_a_small_model(self, run, monkeypatch):
-        options = [HELLO, "-q", "--duration-s", "1", "--num-candidates", "1", "--num-inference-steps", "2"]
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        torch.set_num_threads(2)
-        assert run("speak", *options).code == 0 and torch.get_num_threads() == 1
-        assert run("speak", *options, "--threads", "2").code == 0 and torch.get_num_threads() == 2
-        # What the environment says is kept.
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        assert run("speak", *options).code == 0 and torch.get_num_threads() == 2
-
-    def test_as_many_as_there_are_for_a_large_one(self, monkeypatch):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        monkeypatch.delenv("INDEXTTS2_THREADS", raising=False)
-        with torch.device("meta"):
-            large, small = torch.nn.Linear(10_000, 10_001), torch.nn.Linear(10, 10)
-        torch.set_num_threads(2)
-        set_num_threads(large)
-        assert torch.get_num_threads() == 2
-        set_num_threads(small)
-        assert torch.get_num_threads() == 1
-        monkeypatch.setenv("INDEXTTS2_THREADS", "2")
-        set_num_threads(small)
-        assert torch.get_num_threads() == 2
-        for wrong in ("0", "-1", "two", "1.5"):
-            monkeypatch.setenv("INDEXTTS2_THREADS", wrong)
-            with pytest.raises(ValueError, match=f"`INDEXTTS2_THREADS` is '{wrong}', but it must be a whole number"):
-                set_num_threads(small)
-
-
 class TestVoice:
     def test_makes_a_voice(self, run, recordings):
         result = run("voice", recordings / "good.wav", "-o", "me.safetensors")
@@ -607,6 +633,9 @@ class TestVoice:
         assert run("voice", "me/voice.safetensors", "-o", "mine.safetensors", "--license", "mit").code == 0
         other = VoicePrompt.load("mine.safetensors")
         assert (other.license, other.consent, other.emotion_weights) == ("mit", voice.consent, voice.emotion_weights)
+        # Its card names the checkpoint as everybody can load it.
+        card = Path("me/README.md").read_text()
+        assert 'from_pretrained("tiny")' in card and "for the checkpoint | `tiny`" in card
         # Its emotion may be that of another recording.
         sad = ["--emotion-audio", recordings / "8khz.wav"]
         assert run("voice", "me/voice.safetensors", "-o", "sad.safetensors", *sad).code == 0

@@ -1,10 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 from conftest import tiny_t2s_config
 from huggingface_hub.errors import StrictDataclassError
 
-from indextts2_hf import IndexTTS2Config, IndexTTS2T2SConfig
+from indextts2_hf import IndexTTS2Config, IndexTTS2T2SConfig, embedded_checkpoint
+from indextts2_hf.configuration_indextts2 import resolve_checkpoint
 
 
 def test_defaults_are_those_of_the_released_checkpoint():
@@ -85,3 +87,17 @@ def test_wrong_type():
 def test_impossible_sizes(changes, message):
     with pytest.raises(StrictDataclassError, match=message):
         tiny_t2s_config(**changes)
+
+
+def test_the_name_of_the_embedded_checkpoint(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    embedded = str(embedded_checkpoint())
+    assert resolve_checkpoint("tiny") == embedded and (embedded_checkpoint() / "config.json").is_file()
+    (tmp_path / "tiny").mkdir()
+    with caplog.at_level("WARNING"):
+        for other in ("./tiny", "tiny/", "someone/tiny", embedded):
+            assert resolve_checkpoint(other) == other
+        assert resolve_checkpoint(Path("tiny")) == "./tiny"
+        assert not caplog.records
+        assert resolve_checkpoint("tiny") == embedded
+    assert caplog.records[0].message == "'tiny' is the checkpoint of the package; the folder of that name is './tiny'."

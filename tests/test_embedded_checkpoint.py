@@ -3,17 +3,18 @@
 import json
 import re
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from indextts2_hf import EMOTIONS, IndexTTS2TextToAudioPipeline, embedded_checkpoint
+from indextts2_hf import EMOTIONS, IndexTTS2ForTextToWaveform, IndexTTS2TextToAudioPipeline, embedded_checkpoint
 from indextts2_hf.cards import read_card
+from indextts2_hf.modeling_t2s import LORA_TARGET_MODULES
 
 
 FOLDER = embedded_checkpoint()
@@ -91,7 +92,6 @@ def test_every_voice_speaks(name, pipe):
     # Its checkpoint is this one, under this name.
     with safe_open(FOLDER / "voices" / f"{name}.safetensors", framework="pt") as file:
         assert file.metadata()["checkpoint"] == pipe.model.semantic_to_mel.fingerprint
-    assert pipe.model.semantic_to_mel.fingerprint.startswith("tiny@")
     audio = pipe("Hello there.", voice=name, duration_s=1.25, seed=1, num_inference_steps=4)["audio"]
     assert len(audio) == round(1.25 * pipe.sampling_rate)
     assert np.isfinite(audio).all() and np.abs(audio).max() <= 1.0
@@ -114,17 +114,6 @@ def test_emotion_weights_are_heard(pipe):
         for weights in ({}, {"emotion_weights": {"happy": 0.9}}, {"emotion_weights": {"sad": 0.9}})
     )
     assert not np.array_equal(plain, happy) and not np.array_equal(happy, sad)
-
-
-def test_it_is_called_tiny(pipe, tmp_path, monkeypatch):
-    for name in ("tiny", None, str(FOLDER), FOLDER):
-        assert IndexTTS2TextToAudioPipeline.from_pretrained(name).model.config.name_or_path == str(FOLDER)
-    # A folder of that name is named by a path.
-    (tmp_path / "tiny").mkdir()
-    monkeypatch.chdir(tmp_path)
-    for name in ("./tiny", Path("tiny")):
-        with pytest.raises(ValueError, match="tiny' is no whole IndexTTS2 checkpoint"):
-            IndexTTS2TextToAudioPipeline.from_pretrained(name)
 
 
 def test_a_slot_that_is_much_too_long_is_padded(pipe):
@@ -163,6 +152,8 @@ def test_the_default_voice_is_one_of_them(pipe):
 def test_the_card():
     card = read_card(FOLDER)
     assert card["license"] == "apache-2.0" and "en" in card["language"]
+    # What it does not do is no tag of it.
+    assert "It is not\n  cloning." in CARD and "voice-cloning" not in card["tags"]
 
 
 def test_the_card_tells_figures_and_sources():
@@ -176,6 +167,25 @@ def test_the_card_tells_figures_and_sources():
     for notice in ("Copyright 2006 by Princeton University", "Vassil Panayotov", "University\nof Edinburgh"):
         assert notice in CARD
     assert "https://creativecommons.org/licenses/by/4.0/" in CARD
+
+
+@pytest.mark.lora
+def test_it_is_named_tiny(pipe, tmp_path):
+    # Where the folder is stays on the machine: an adapter names its base by the name.
+    assert pipe.model.config.name_or_path == str(FOLDER)
+    assert pipe.model.semantic_to_mel.fingerprint.startswith("tiny@")
+    assert {voice.checkpoint for voice in pipe.model.voices.values()} == {pipe.model.semantic_to_mel.fingerprint}
+    model = IndexTTS2ForTextToWaveform.from_pretrained("tiny")
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=2, target_modules=LORA_TARGET_MODULES, init_lora_weights=False, fan_in_fan_out=True)
+    model.t2s.add_adapter(adapter)
+    model.t2s.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    adapted = IndexTTS2TextToAudioPipeline.from_pretrained(tmp_path)
+    settings = {"num_semantic_tokens": 30, "seed": 1, "num_inference_steps": 2}
+    assert not np.array_equal(adapted("Hello.", **settings)["audio"], pipe("Hello.", **settings)["audio"])
+    adapted.model.t2s.disable_adapters()
+    assert np.array_equal(adapted("Hello.", **settings)["audio"], pipe("Hello.", **settings)["audio"])
 
 
 def test_the_references(pipe):

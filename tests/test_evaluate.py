@@ -248,6 +248,17 @@ def run_evaluate(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def test_the_embedded_checkpoint_is_measured_by_default(evaluate, monkeypatch):
+    import benchmark
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--list", "meta.lst", "--output", "report"])
+    assert evaluate.parse_arguments().model == "tiny"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py"])
+    assert (benchmark.parse_arguments().model, benchmark.parse_arguments().threads) == ("tiny", None)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--random"])
+    assert benchmark.parse_arguments().random
+
+
 def test_a_list_from_end_to_end(tiny_checkpoint, tiny_recordings, recognizer, speaker_model, tmp_path):
     prompt = tiny_recordings / "speaker1-0.wav"
     (tmp_path / "buzz.wav").write_bytes((tiny_recordings / "speaker0-0.wav").read_bytes())

@@ -143,6 +143,7 @@ def test_a_card_with_figures(tiny_checkpoint, tmp_path, report):
     card = card_of(tmp_path / "out")
     data = card.data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-to-speech"
+    assert "voice-cloning" not in data["tags"]  # whether it does is the card's of the released weights to say
     assert (data["license"], data["language"], data["datasets"]) == ("apache-2.0", ["en"], ["someone/clips"])
     assert data["base_model"] == "someone/base"
     assert [(result.metric_type, result.metric_value, result.dataset_name) for result in card.data.eval_results] == [
@@ -199,6 +200,7 @@ def test_the_terms_of_the_sources_stay(tiny_checkpoint, tmp_path):
     assemble_hub_folder(folder, tmp_path / "out", "someone/converted")
     card = card_of(tmp_path / "out")
     assert card.data.base_model == "IndexTeam/IndexTTS-2" and card.data.license_name == "of-the-sources"
+    assert "voice-cloning" in card.data.tags
     assert "CC BY-NC 4.0" in card.text and "none was trained or changed" in card.text
     with pytest.raises(ValueError, match="terms of their sources"):
         assemble_hub_folder(folder, tmp_path / "other", "someone/converted", license="mit")
@@ -283,6 +285,21 @@ def test_a_damaged_adapter(tiny_adapter, tmp_path):
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
     with pytest.raises(ValueError, match="is no whole adapter: it has no adapter_model.safetensors"):
         assemble_hub_folder(folder, tmp_path / "out", "someone/style", base_model="someone/tiny")
+
+
+def test_an_adapter_of_the_embedded_checkpoint(tiny_adapter, tmp_path):
+    """Its base is in every package: it keeps the name, and the card names no repository."""
+    folder = shutil.copytree(tiny_adapter, tmp_path / "style")
+    settings = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "tiny"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    assemble_hub_folder(folder, tmp_path / "out", "someone/style")
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    card = card_of(tmp_path / "out")
+    assert not {"base_model", "base_model_relation"} & {*card.data.to_dict()} and "| base | `tiny` |" in card.text
+    figures = {"semantic_cross_entropy_per_token": 4.5}
+    write_adapter_card(folder, name="style", base="tiny", data={}, settings={}, before=figures, after=figures)
+    card = card_of(folder)
+    assert not {"base_model", "base_model_relation"} & {*card.data.to_dict()} and "| base | `tiny` |" in card.text
 
 
 # --- voice packs ---------------------------------------------------------------------------------------------------------

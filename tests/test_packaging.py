@@ -70,6 +70,20 @@ def test_the_cap_belongs_to_lora():
         assert ("peft" in names_of(requirements)) == ("transformers<5.24" in requirements), extra
 
 
+def test_the_description_of_the_index_holds_alone():
+    """Which is a file that setuptools takes as it is: there a link leads to an address or to a heading of the page, or nowhere."""
+    text = (ROOT / PROJECT["project"]["readme"]).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)", text) + re.findall(r"(?:src|href)=[\"']([^\"']+)", text)
+    anchors = {
+        "#" + re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+    assert targets and not [
+        target for target in targets if not target.startswith("https://") and target not in anchors
+    ]
+    urls = PROJECT["project"]["urls"].values()
+    assert {*urls} <= {*targets} and all(author["name"] for author in PROJECT["project"]["authors"])
+
+
 def test_the_package_data_is_there():
     package = ROOT / "src" / "indextts2_hf"
     for pattern in PROJECT["tool"]["setuptools"]["package-data"]["indextts2_hf"]:

@@ -1,8 +1,10 @@
 """The front door: every way to say who speaks, how, and how long; the stock pipeline; streaming."""
 
+import inspect
 import io
 import types
 from dataclasses import replace
+from typing import get_overloads
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from conftest import SAMPLING_RATE, make_speech, make_tiny_model
 from test_emotion import build_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM, pipeline
 
-from indextts2_hf import EmotionTextModel, IndexTTS2Segment, IndexTTS2TextToAudioPipeline
+from indextts2_hf import EmotionTextModel, IndexTTS2Segment, IndexTTS2TextToAudioPipeline, set_num_threads
 
 
 TEXT = "Hello there. 你好。"
@@ -462,3 +464,45 @@ def test_settings_of_the_constructor_stay(pipe):
     np.testing.assert_array_equal(settled(["Hello."])[0]["audio"], expected)
     np.testing.assert_array_equal(next(settled.stream("Hello.")).audio.numpy(), expected)
     assert len(settled("Hello.", duration_s=0.5)["audio"]) == 11025
+
+
+def test_the_overloads_have_the_arguments_of_the_call():
+    names = [
+        [(item.name, item.default) for item in inspect.signature(function).parameters.values()]
+        for function in (IndexTTS2TextToAudioPipeline.__call__, *get_overloads(IndexTTS2TextToAudioPipeline.__call__))
+    ]
+    assert names == [names[0]] * 4
+
+
+def test_threads_are_for_programs_to_set(tiny_checkpoint, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "INDEXTTS2_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    with torch.device("meta"):
+        large = torch.nn.Linear(10_000, 10_000)
+    try:
+        torch.set_num_threads(3)
+        model = IndexTTS2TextToAudioPipeline.from_pretrained(tiny_checkpoint).model
+        assert torch.get_num_threads() == 3
+        set_num_threads(large)
+        assert torch.get_num_threads() == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        set_num_threads(model)
+        assert torch.get_num_threads() == 3
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        set_num_threads(model)
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("INDEXTTS2_THREADS", "2")
+        set_num_threads(model)
+        assert torch.get_num_threads() == 2
+        set_num_threads(model, 4)
+        assert torch.get_num_threads() == 4
+        monkeypatch.setenv("INDEXTTS2_THREADS", "many")
+        with pytest.raises(
+            ValueError, match="`INDEXTTS2_THREADS` is 'many', but it must be a whole number of at least 1"
+        ):
+            set_num_threads(model)
+        with pytest.raises(ValueError, match="`num_threads` is 0, but it must be a whole number of at least 1"):
+            set_num_threads(model, 0)
+    finally:
+        torch.set_num_threads(before)

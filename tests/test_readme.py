@@ -1,7 +1,10 @@
 """The README's Python runs as it stands there, on the embedded checkpoint; its commands name options that exist."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,12 @@ from conftest import SAMPLING_RATE, make_speech
 from test_train_emotion_text import build_emotion_text
 
 import indextts2_cli
+import indextts2_hf
 from indextts2_hf import IndexTTS2Config, embedded_checkpoint
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 # What stands before a block, and the block.
 PYTHON = re.findall(r"(?:<!-- (.*?) -->\n)?```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
@@ -51,3 +56,35 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
         Path(name).write_bytes(b"")
     words = shlex.split(command.removeprefix("./run").removeprefix("indextts2"))
     assert indextts2_cli.build_parser().parse_args(words).command == words[0]
+
+
+def test_the_python_is_typed(tmp_path):
+    """For a type checker: no error in any block, and what it knows of the results. `.ci/run` lets it follow all libraries."""
+    probes = {
+        'pipe("Hello.")["audio"]': "numpy.ndarray",
+        'pipe("Hello.")["sampling_rate"]': "int",
+        'pipe(["Hello."], duration_s=[None])[0]': "indextts2_hf.pipeline_text_to_audio.Speech",
+        'next(pipe(text for text in ["Hello."]))': "indextts2_hf.pipeline_text_to_audio.Speech",
+        "voice": "indextts2_hf.pipeline_s2m.VoicePrompt",
+        'next(pipe.stream("Hello."))': "indextts2_hf.modeling_indextts2.IndexTTS2Segment",
+        'next(pipe.stream("Hello.")).is_last': "bool",
+        "type(pipe).from_pretrained()": "indextts2_hf.pipeline_text_to_audio.IndexTTS2TextToAudioPipeline",
+    }
+    code = [block for _, block in PYTHON] + [f"reveal_type({probe})\n" for probe in probes]
+    wrong = 'pipe("Hello.", duration_s="3")\n'
+    (tmp_path / "readme.py").write_text("".join([*code, wrong]), encoding="utf-8")
+    settings = ["--config-file", str(ROOT / "pyproject.toml"), "--follow-imports", "silent", "--hide-error-context"]
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", *settings, "--cache-dir", str(tmp_path / "cache"), "readme.py"],
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(Path(indextts2_hf.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    lines = [line.partition(": ")[2] for line in result.stdout.splitlines()]
+    revealed = [line for line in lines if line.startswith("note: Revealed")]
+    for line, expected in zip(revealed, probes.values(), strict=True):
+        assert expected in line
+    errors = [line for line in result.stdout.splitlines() if ": error: " in line]
+    last = len((tmp_path / "readme.py").read_text().splitlines())
+    assert len(errors) == 1 and errors[0].startswith(f"readme.py:{last}: error: No overload variant"), result.stdout

@@ -17,7 +17,7 @@ import torch
 from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 
-from indextts2_hf import IndexTTS2Config, IndexTTS2TextToAudioPipeline
+from indextts2_hf import IndexTTS2Config, IndexTTS2TextToAudioPipeline, embedded_checkpoint
 from programs import ROOT, TRAINING, read_log, run_killed, run_program, run_to_error, start
 
 
@@ -123,6 +123,27 @@ def test_every_recipe_is_accepted_by_its_program():
         finally:
             sys.argv = argv
         assert all(name in vars(arguments) for name in settings)
+
+
+@pytest.mark.parametrize("program", sorted(path.stem for path in TRAINING.glob("train_*.py")) + ["prepare_dataset"])
+def test_fine_tuning_begins_with_the_embedded_checkpoint(program, monkeypatch, capsys):
+    """What the parts of a model made from nothing begin with has to be said."""
+    import importlib
+
+    from checkpoint import find_checkpoint
+
+    arguments = ["--output=out", "recordings" if program == "prepare_dataset" else "--data=data"]
+    arguments += ["--size=8"] * (program == "train_text_recognizer") + ["--alignments"] * (
+        program == "train_semantic_encoder"
+    )
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    parse = importlib.import_module(program).parse
+    if program in ("train_semantic_codec", "train_semantic_encoder", "train_speaker_encoder", "train_vocoder"):
+        with pytest.raises(SystemExit):
+            parse()
+        assert "arguments are required: --model" in capsys.readouterr().err
+    else:
+        assert parse().model == "tiny" and find_checkpoint(parse().model) == embedded_checkpoint()
 
 
 def test_every_command_of_the_readme_is_understood(monkeypatch, tmp_path):

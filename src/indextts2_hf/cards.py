@@ -190,7 +190,7 @@ def write_model_card(
             base_model=base_model,
             base_model_relation="finetune" if base_card and base_model else None,
             datasets=list(datasets) or None,
-            tags=["indextts2", "voice-cloning", "diffusers"],
+            tags=["indextts2", *(["voice-cloning"] if is_converted else []), "diffusers"],
         ),
         name=name,
         kind="checkpoint",

@@ -52,8 +52,8 @@ def set_num_threads(model: torch.nn.Module, num_threads: int | None = None) -> N
     name, given = "num_threads", num_threads
     if given is None:
         name, given = "INDEXTTS2_THREADS", os.environ.get("INDEXTTS2_THREADS")
-    if given:
-        if not re.fullmatch(r"0*[1-9]\d*", str(given)):
+    if given not in (None, ""):
+        if not (str(given).isdecimal() and int(given) >= 1):
             raise ValueError(
                 f"`{name}` is {given!r}, but it must be a whole number of at least 1. Leave it out for what suits."
             )
