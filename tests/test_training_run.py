@@ -133,9 +133,12 @@ def test_fine_tuning_begins_with_the_embedded_checkpoint(program, monkeypatch, c
     from checkpoint import find_checkpoint
 
     arguments = ["--output=out", "recordings" if program == "prepare_dataset" else "--data=data"]
-    arguments += ["--size=8"] * (program == "train_text_recognizer") + ["--alignments"] * (
-        program == "train_semantic_encoder"
-    )
+    more = {
+        "train_text_recognizer": ["--size=8"],
+        "train_semantic_encoder": ["--alignments"],
+        "train_t2s": ["--stage=2"],
+    }
+    arguments += more.get(program, [])
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     parse = importlib.import_module(program).parse
     if program in ("train_semantic_codec", "train_semantic_encoder", "train_speaker_encoder", "train_vocoder"):

@@ -70,9 +70,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, model: str | None = EMBED
     )
     files.add_argument(
         "--model",
-        default=EMBEDDED_NAME,
-        metavar="FOLDER",
-        help="checkpoint to start from: folder, repository, or that of the package (default: %(default)s)",
+        required=model is None,
+        default=model,
+        metavar="CHECKPOINT",
+        help="to start from: folder, Hub repository, or tiny, the one of the package"
+        + ("" if model is None else " (default: %(default)s)"),
     )
     files.add_argument("--data", required=True, metavar="FOLDER", help="training data")
     files.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="run folder: becomes a checkpoint")
