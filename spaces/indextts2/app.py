@@ -331,9 +331,12 @@ def build_demo(pipe: IndexTTS2TextToAudioPipeline) -> gr.Blocks:
         ]
         answer = [speech, segments, picture, code, status]
         api_fields[0].submit(make_speak(pipe), api_fields, answer, api_name="speak", **speaks)
-        on_page = {"show_progress": "minimal", "show_progress_on": [status], "api_visibility": "private", **speaks}
+        # Gradio's own progress would lie over the status.
+        on_page = {"show_progress": "hidden", "api_visibility": "private", **speaks}
+        asking = [speak_button.click, text.submit, lengths_button.click, feelings_button.click]
+        gr.on(asking, None, None, status, js="() => 'Waiting …'")
         speaking = gr.on(
-            [speak_button.click, text.submit],
+            asking[:2],
             make_speak_from_page(pipe),
             page_fields,
             [*answer, downloads, versions, take],
