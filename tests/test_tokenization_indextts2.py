@@ -19,6 +19,7 @@ from indextts2_hf.tokenization_indextts2 import (
     IndexTTS2Tokenizer,
     pre_tokenize_cjk,
     split_pieces,
+    split_sentences,
 )
 
 
@@ -29,6 +30,11 @@ GOLDEN = json.loads((TEXT_ASSETS / "text_cases.json").read_text(encoding="utf-8"
 @pytest.fixture(scope="module")
 def tokenizer():
     return IndexTTS2Tokenizer(str(TEXT_ASSETS / "bpe.model"))
+
+
+@pytest.fixture(scope="module")
+def english():
+    return IndexTTS2Tokenizer.from_pretrained(embedded_checkpoint())
 
 
 @pytest.fixture
@@ -42,8 +48,8 @@ def test_golden_cases(case, tokenizer, wetext):
     assert tokenizer.tokenize(text) == case["pieces"]
     assert tokenizer(text)["input_ids"] == case["ids"]
     for max_text_tokens, segments in case["segments"].items():
-        assert tokenizer.split_text(text, int(max_text_tokens)) == segments
-    assert tokenizer.split_text(text, 40, quick_streaming_tokens=10) == case["segments_quick_10_max_40"]
+        assert split_pieces(tokenizer.tokenize(text), int(max_text_tokens)) == segments
+    assert split_pieces(tokenizer.tokenize(text), 40, quick_streaming_tokens=10) == case["segments_quick_10_max_40"]
     if case is not GOLDEN[-1]:  # for the long case the file does not hold the count
         assert tokenizer(text)["input_ids"].count(tokenizer.unk_token_id) == case["unk"]
 
@@ -201,6 +207,44 @@ def test_where_the_vocabulary_is_english_every_text_is(text, spoken, tokenizer, 
 def test_one_character_is_looked_up_as_it_is(tokenizer):
     assert tokenizer.tokenize(" A ") == ["\u2581A"]
     assert tokenizer(" a ")["input_ids"][-1] == tokenizer.unk_token_id
+
+
+def words_of(segments):
+    return [" ".join("".join(segment).replace("\u2581", " ").split()) for segment in segments]
+
+
+def test_segments_end_with_sentences_else_clauses_else_words():
+    sentence = ["\u2581a", "b", "\u2581c", ",", "\u2581d", "\u2581e", "."]
+    assert split_sentences(sentence * 2, 7) == [sentence, sentence]
+    assert split_sentences(sentence * 2, 14) == [sentence * 2]
+    assert split_sentences(sentence * 2, 6) == [sentence[:4], sentence[4:], sentence[:4], sentence[4:]]
+    assert words_of(split_sentences(sentence, 3)) == ["ab", "c,", "d e."]
+    assert split_sentences([], 3) == []
+    with pytest.raises(ValueError, match="`max_text_tokens` is 0, but a segment holds at least 1"):
+        split_sentences(sentence, 0)
+
+
+def test_no_word_is_cut(english, caplog):
+    text = " ".join(["unimaginable", "responsibilities", "of", "international", "cooperation"] * 30)
+    segments = english.split_text(text)
+    assert len(segments) > 1 and max(map(len, segments)) <= 120
+    assert all(segment[0].startswith("\u2581") for segment in segments)
+    assert " ".join(words_of(segments)) == text.upper()
+    assert "is cut" not in caplog.text
+    [*parts] = english.split_text("a" * 300, 50)
+    assert max(map(len, parts)) <= 50 and "".join(words_of(parts)) == "A" * 300
+    assert "is cut" in caplog.text
+
+
+def test_segments_joined_are_the_pieces():
+    generator = random.Random(0)
+    alphabet = ["\u2581a", "\u2581bc", "d", "e", ".", "!", "\u2581.", ",", "\u2581,", "-", "'"]
+    for _ in range(1000):
+        pieces = generator.choices(alphabet, k=generator.randrange(60))
+        size, quick = generator.randrange(1, 25), generator.choice([0, 0, 5, 20])
+        segments = split_sentences(pieces, size, quick)
+        assert [piece for segment in segments for piece in segment] == pieces
+        assert all(0 < len(segment) <= size for segment in segments)
 
 
 def test_special_tokens(tokenizer):

@@ -8,6 +8,7 @@ The vocabulary is a SentencePiece model, `bpe.model`. The tokenizer adds no spec
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
@@ -30,6 +31,10 @@ SENTENCE_ENDS = {".", "!", "?", "▁.", "▁?", "▁..."}
 PAUSES = {",", "▁,", "-"}
 QUOTES = {"'", "▁'"}
 
+# Where segments are cut: at the ends of sentences, else at clauses, else between words.
+SENTENCE_MARKS = (".", "!", "?", "…")
+CLAUSE_MARKS = (",", ";", ":", "-")
+
 
 def pre_tokenize_cjk(text: str) -> str:
     """
@@ -42,7 +47,7 @@ def pre_tokenize_cjk(text: str) -> str:
 
 def split_pieces(pieces: list[str], max_text_tokens: int = 120, quick_streaming_tokens: int = 0) -> list[list[str]]:
     r"""
-    Cuts pieces of text into segments, at the ends of sentences, then at commas and hyphens, then anywhere.
+    Cuts pieces of text into segments as the original does: at the ends of sentences, at every comma and hyphen, then anywhere.
 
     Args:
         pieces (`list[str]`):
@@ -103,6 +108,68 @@ def split_pieces(pieces: list[str], max_text_tokens: int = 120, quick_streaming_
             segments[-1].extend(part)
         else:
             segments.append(part)
+    return segments
+
+
+def split_sentences(pieces: list[str], max_text_tokens: int = 120, quick_streaming_tokens: int = 0) -> list[list[str]]:
+    r"""
+    Cuts pieces of text into segments: at the ends of sentences, a sentence that is too long at its clauses, a clause that is
+    too long between words. A word alone that is longer than a segment is cut too, with a warning.
+
+    Takes what [`split_pieces`] takes, and joins short parts as it does. Joined the segments are the input.
+
+    Raises:
+        ValueError: if `max_text_tokens` is below 1.
+    """
+    if max_text_tokens < 1:
+        raise ValueError(
+            f"`max_text_tokens` is {max_text_tokens}, but a segment holds at least 1 token. The default is 120."
+        )
+    words: list[list[str]] = []
+    for piece in pieces:
+        if piece.startswith(WORD_START) or not words:
+            words.append([])
+        words[-1].append(piece)
+
+    def parts_of(words: list[list[str]], marks: tuple[str, ...]) -> Iterator[list[list[str]]]:
+        part: list[list[str]] = []
+        for index, word in enumerate(words):
+            part.append(word)
+            # A mark that is set apart, as in Chinese, belongs to the word before it.
+            following = "".join(words[index + 1]).lstrip(WORD_START) if index + 1 < len(words) else ""
+            is_mark = following in (*SENTENCE_MARKS, *CLAUSE_MARKS)
+            if word[-1].endswith(marks) and not is_mark:
+                yield part
+                part = []
+        if part:
+            yield part
+
+    segments: list[list[str]] = []
+    num_pieces = 0
+
+    def add(part: list[str]) -> None:
+        nonlocal num_pieces
+        num_pieces += len(part)
+        length = len(segments[-1]) + len(part) if segments else 0
+        can_join = length <= max_text_tokens and num_pieces > quick_streaming_tokens
+        if segments and (can_join or length <= max_text_tokens / 2):
+            segments[-1].extend(part)
+        else:
+            segments.append(part)
+
+    for sentence in parts_of(words, SENTENCE_MARKS):
+        if sum(map(len, sentence)) <= max_text_tokens:
+            add([piece for word in sentence for piece in word])
+            continue
+        for clause in parts_of(sentence, SENTENCE_MARKS + CLAUSE_MARKS):
+            if sum(map(len, clause)) <= max_text_tokens:
+                add([piece for word in clause for piece in word])
+                continue
+            for word in clause:
+                if len(word) > max_text_tokens:
+                    logger.warning(f"A word of {len(word)} tokens is cut: a segment holds at most {max_text_tokens}.")
+                for start in range(0, len(word), max_text_tokens):
+                    add(word[start : start + max_text_tokens])
     return segments
 
 
@@ -205,7 +272,7 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
             text (`str`):
                 The text, with something in it that can be spoken.
             max_text_tokens (`int`, defaults to 120), quick_streaming_tokens (`int`, defaults to 0):
-                See [`split_pieces`].
+                See [`split_sentences`]. (The original cuts as [`split_pieces`] does, inside sentences and words too.)
 
         Returns:
             `list[list[str]]`: the pieces of each segment; `convert_tokens_to_ids` gives their ids.
@@ -229,11 +296,11 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
                 f"The text {text[:50]!r} has only characters that the vocabulary lacks ({''.join(unknown)!r}), so nothing of "
                 "it can be spoken. Write it in Chinese or Latin letters."
             )
-        return split_pieces(pieces, max_text_tokens, quick_streaming_tokens)
+        return split_sentences(pieces, max_text_tokens, quick_streaming_tokens)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Readable text: the pieces joined, without the spaces around Chinese characters. It stays upper-case."""
         return SPACE_AROUND_CJK.sub("", super().convert_tokens_to_string(tokens))
 
 
-__all__ = ["IndexTTS2Tokenizer", "pre_tokenize_cjk", "split_pieces"]
+__all__ = ["IndexTTS2Tokenizer", "pre_tokenize_cjk", "split_pieces", "split_sentences"]
