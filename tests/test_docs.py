@@ -64,7 +64,10 @@ def run_command(line: str, folder: Path) -> None:
     run_program(name, *words[1:], *MORE_OPTIONS[path.stem], folder=folder)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=[pytest.mark.lora] if page.stem == "adapters" else []) for page in PAGES],
+)
 def test_every_block_runs(page, workshop, recognizer, speaker_model):  # noqa: F811 - fixtures
     if page.stem == "conversion":
         write_original_checkpoint(ASSETS / "parity", workshop / "IndexTTS-2")
