@@ -172,7 +172,10 @@ def model_name(text: str) -> str:
     if folder.exists():
         raise argparse.ArgumentTypeError(f"{text!r} is a file, name a checkpoint folder or a Hub repository id")
     if re.fullmatch(REPOSITORY_ID, text) is None:
-        raise argparse.ArgumentTypeError(f"there is no folder {text!r}, and a Hub repository id is like 'owner/name'")
+        raise argparse.ArgumentTypeError(
+            f"there is no folder {text!r}, and a Hub repository id is like 'owner/name'; the model of the package is "
+            f"{EMBEDDED_NAME}"
+        )
     return text
 
 

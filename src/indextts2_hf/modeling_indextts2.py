@@ -16,6 +16,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -923,10 +924,14 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 f"segment(s) can be spoken in at most {longest_s:.1f} s, and at most {_MOST_PADDING_S:g} s of silence follow it. "
                 "Give a shorter duration or a longer text."
             )
-        shares = share_out(round(duration_s * sampling_rate) - pauses, weights)
-        for row, num_samples, most in zip(rows, shares, longest, strict=True):
-            row.num_samples = num_samples
-            row.num_speech_samples = min(num_samples, math.floor(most * samples_per_token))
+        num_samples = round(duration_s * sampling_rate) - pauses
+        most_samples = [math.floor(most * samples_per_token) for most in longest]
+        shares = share_out(min(num_samples, sum(most_samples)), weights)
+        for row, share, most in zip(rows, shares, most_samples, strict=True):
+            row.num_samples = row.num_speech_samples = min(share, most)
+        # The silence is one, behind the speech of the whole text.
+        rows[-1].num_samples += num_samples - sum(row.num_samples for row in rows)
+        for row in rows:
             row.num_semantic_tokens = max(1, round(row.num_speech_samples / samples_per_token))
             row.is_count_exact = config.use_length_row
 
@@ -1194,7 +1199,7 @@ def _batches(rows: list[_Row], adapters: list[str | None], batch_size: int) -> I
 
 def _one_for_each(name: str, value: Any, num_texts: int) -> list[Any]:
     """`value` for each text: a list or a tensor with one for each, or one for all."""
-    if isinstance(value, torch.Tensor) and value.ndim < 2:
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim < 2:
         value = value.tolist()
     if not isinstance(value, list | tuple):
         return [value] * num_texts
