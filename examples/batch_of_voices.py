@@ -76,7 +76,8 @@ def main() -> None:
     pipe = IndexTTS2TextToAudioPipeline.from_pretrained(arguments.model)
     voices, taken, num_others = {}, {}, 0
     for number, (name, row) in enumerate(islice(rows, 100 * arguments.count)):
-        speaker = str(row.get(arguments.speaker_column) or number)
+        speaker = row.get(arguments.speaker_column)
+        speaker = f"row {number}" if speaker in (None, "") else str(speaker)
         if speaker in voices:
             num_others += 1
             continue

@@ -498,8 +498,8 @@ def add_device(group: Any) -> None:
         "--threads",
         type=number(int, 1),
         metavar="N",
-        help="CPU threads (default: INDEXTTS2_THREADS or OMP_NUM_THREADS of the environment, else one for a model as small as tiny "
-        "and torch's choice for others)",
+        help="CPU threads (default: INDEXTTS2_THREADS or OMP_NUM_THREADS of the environment, else two for a model as small as tiny, "
+        "one where the machine is busy, and torch's choice for others)",
     )
 
 

@@ -286,6 +286,7 @@ class TestSpeak:
 
     def test_threads_suit_the_model(self, run, monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 99.0, 99.0))
         before = torch.get_num_threads()
         try:
             for arguments, expected in ((["--threads", "2"], 2), ([], 1)):

@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import os
 import types
 from dataclasses import replace
 from typing import get_overloads
@@ -490,8 +491,11 @@ def test_threads_are_for_programs_to_set(tiny_checkpoint, monkeypatch):
         set_num_threads(model)
         assert torch.get_num_threads() == 3
         monkeypatch.delenv("OMP_NUM_THREADS")
-        set_num_threads(model)
-        assert torch.get_num_threads() == 1
+        monkeypatch.setattr(os, "cpu_count", lambda: 4)
+        for load, expected in ((0.2, 2), (2.5, 2), (2.6, 1), (9.0, 1)):
+            monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+            set_num_threads(model)
+            assert torch.get_num_threads() == expected
         monkeypatch.setenv("INDEXTTS2_THREADS", "2")
         set_num_threads(model)
         assert torch.get_num_threads() == 2

@@ -141,7 +141,14 @@ def test_fine_tuning_begins_with_the_embedded_checkpoint(program, monkeypatch, c
     arguments += more.get(program, [])
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     parse = importlib.import_module(program).parse
-    if program in ("train_semantic_codec", "train_semantic_encoder", "train_speaker_encoder", "train_vocoder"):
+    asked = {
+        "train_emotion_text",
+        "train_semantic_codec",
+        "train_semantic_encoder",
+        "train_speaker_encoder",
+        "train_vocoder",
+    }
+    if program in asked:
         with pytest.raises(SystemExit):
             parse()
         assert "arguments are required: --model" in capsys.readouterr().err

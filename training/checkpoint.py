@@ -206,7 +206,7 @@ def remake_voices(base: Path, folder: Path, parts: Iterable[str]) -> list[str]:
         return []
     if {"semantic_encoder", "speaker_encoder"} & {*parts}:
         config = IndexTTS2Config.from_pretrained(folder)
-        config.default_voice = None
+        config.default_voice = config.default_emotion = None
         (folder / "config.json").unlink()  # where it is a link, what it links to is kept
         config.save_pretrained(folder)
         return [path.stem for path in paths]

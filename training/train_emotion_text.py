@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--num_answers", type=positive_int, default=64, help="held-out texts that are answered (default: %(default)s)"
     )
-    add_run_arguments(parser)
+    add_run_arguments(parser, model=None)  # the checkpoint of the package has no language model
     # The paper's teacher wrote 1,000 texts: these are eight rounds.
     parser.set_defaults(
         max_train_steps=1000, learning_rate=1e-4, warmup_steps=50, eval_steps=100, save_steps=100, num_workers=0

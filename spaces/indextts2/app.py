@@ -428,7 +428,7 @@ def load_pipeline(checkpoint: str | None) -> IndexTTS2TextToAudioPipeline:
 
 
 if __name__ == "__main__":
-    demo = build_demo(load_pipeline(os.environ.get("INDEXTTS2_MODEL")))
+    demo = build_demo(load_pipeline(os.environ.get("INDEXTTS2_MODEL") or None))
     # What is there now stays: collections have only to look at what requests leave behind.
     gc.freeze()
     launch(demo)

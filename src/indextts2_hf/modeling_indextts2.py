@@ -463,7 +463,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             folder = snapshot_download(folder, revision=revision, **download)
         base = read_adapter_base(folder)
         if base is not None:
-            name = base["pretrained_model_name_or_path"] = resolve_checkpoint(base["pretrained_model_name_or_path"])
+            name = base["pretrained_model_name_or_path"]
             try:
                 if not os.path.isdir(name):
                     snapshot_download(name, revision=base["revision"], **download)
@@ -673,12 +673,12 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 Exact number of semantic tokens of a text, shared among its segments in proportion to their text tokens. A
                 checkpoint that has not learnt lengths is cut off there, be the text at its end or not.
             duration_s (`float`, or one or `None` for each text, *optional*):
-                Exact length of a text's speech in seconds, pauses included: `round(duration_s * sampling_rate)` samples, and
-                never at the price of words. A checkpoint that learnt lengths (`t2s.config.use_length_row`) speaks in that
-                time; in one that did not, T2S ends by itself and the length regulator stretches what it said, 0.5 to 2 times.
-                What is longer than can be spoken has silence behind the speech, at most
-                60 s; what is too short for its words is refused
-                with the shortest duration. `IndexTTS2Segment.duration` says what was done.
+                Exact length of a text's speech in seconds, pauses included: `round(duration_s * sampling_rate)` samples. A
+                checkpoint that learnt lengths (`t2s.config.use_length_row`) speaks in that time; in one that did not, T2S ends
+                by itself, and the length regulator stretches what it said, 0.5 to 2 times. What is longer than can be spoken has
+                silence behind the speech. What is too short is refused with the shortest duration: below 0.6 of the natural
+                length where the checkpoint knows that (`t2s.config.natural_semantic_tokens`), below half of what T2S said
+                where it ends by itself. `IndexTTS2Segment.duration` says what was done.
             seed (`int`, or one for each text, *optional*):
                 Makes the same call give the same audio, and leaves torch's global generators alone; without it
                 `torch.manual_seed` governs. Greedy search, beam search and sampling with one beam then also give a text the
@@ -709,7 +709,8 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an option is impossible; the message says which, and what to do.
             TypeError: an argument that nobody takes.
-            Both when the first segment is taken, before any work.
+            Both when the first segment is taken, before any work; but a checkpoint that has not learnt lengths shows only
+            after T2S that a segment is too long for its duration.
         """
         if segment_batch_size < 1:
             raise ValueError(f"`segment_batch_size` is {segment_batch_size}, but at least one segment goes at a time.")
@@ -774,8 +775,8 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
                 )
             mel_lengths = semantic_to_mel.default_mel_lengths(lengths)
             found = [
-                self._fit_duration(row, *pair)
-                for row, *pair in zip(batch, lengths.tolist(), mel_lengths.tolist(), strict=True)
+                self._fit_duration(row, num_mel_frames)
+                for row, num_mel_frames in zip(batch, mel_lengths.tolist(), strict=True)
             ]
             durations = [duration for duration, _ in found]
             mel_lengths = mel_lengths.new_tensor([num_frames for _, num_frames in found])
@@ -935,9 +936,9 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             row.num_semantic_tokens = max(1, round(row.num_speech_samples / samples_per_token))
             row.is_count_exact = config.use_length_row
 
-    def _fit_duration(self, row: _Row, num_tokens: int, num_mel_frames: int) -> tuple[IndexTTS2Duration | None, int]:
+    def _fit_duration(self, row: _Row, num_mel_frames: int) -> tuple[IndexTTS2Duration | None, int]:
         """
-        Mel frames of a segment of so many semantic tokens, `num_mel_frames` by default, and how that came about.
+        How the length of a segment came about, and its mel frames, which are `num_mel_frames` by default.
 
         Raises:
             ValueError: T2S ended by itself, and what it said is too long for the time.
@@ -1129,9 +1130,10 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
             padding_value=t2s.config.text_stop_token_id,
         )
         # A checkpoint that has not learnt lengths is asked for one too, but ends by itself where seconds were asked for.
-        asked = [row.num_semantic_tokens for row in rows]
         counts = [row.num_semantic_tokens if row.is_count_exact else None for row in rows]
         duration_conditioning = getattr(settings, "duration_conditioning", None)
+        is_usual = t2s.config.use_length_row or duration_conditioning is not None
+        asked = [row.num_semantic_tokens if is_usual or not row.is_count_exact else None for row in rows]
         inputs_embeds, attention_mask = t2s.prepare_prefix(
             input_ids,
             speaker_latents=speaker_latents,

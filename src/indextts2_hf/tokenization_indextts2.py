@@ -294,7 +294,7 @@ class IndexTTS2Tokenizer(SentencePieceBackend):
         ):
             raise ValueError(
                 f"The text {text[:50]!r} has only characters that the vocabulary lacks ({''.join(unknown)!r}), so nothing of "
-                "it can be spoken. Write it in Chinese or Latin letters."
+                f"it can be spoken. Write it in {'Chinese or ' if self.normalizer.knows_chinese else ''}Latin letters."
             )
         return split_sentences(pieces, max_text_tokens, quick_streaming_tokens)
 
