@@ -239,7 +239,7 @@ def test_wrong_input_is_told_and_the_page_goes_on(visit, tmp_path):
     expect(alert).to_contain_text("text", ignore_case=True)
     # What was there before is gone.
     expect(page.locator("#status p")).to_have_text("Nothing was spoken.")
-    expect(page.get_by_test_id("status-tracker").filter(visible=True)).to_have_count(0)
+    expect(page.locator("#page").get_by_test_id("status-tracker").filter(visible=True)).to_have_count(0)
     assert page.locator("#speech audio[src]").count() == 0
     page.get_by_test_id("toast-close").click()
 
