@@ -196,7 +196,7 @@ def test_batch_of_voices_of_an_audio_folder(workshop, tiny_checkpoint):
     # Without a manifest each file is a voice.
     (folder / "train/metadata.csv").unlink()
     said = run("people", "--output", "all", "--count", 2)
-    assert "000: speaker '0', clips/anna-2.flac" in said and "001: speaker '1', clips/anna.flac" in said
+    assert "000: speaker 'row 0', clips/anna-2.flac" in said and "001: speaker 'row 1', clips/anna.flac" in said
     for path in folder.rglob("*.flac"):
         path.unlink()
     program = start(

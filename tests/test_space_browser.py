@@ -208,7 +208,8 @@ def test_a_long_text_is_heard_segment_by_segment(visit):
     page = visit()
     # What looks like a program is read out, not run.
     text_of(page).fill(
-        "<img src=x onerror=alert(1)> ${document.title = 'x'} {{value}}. " + LONG_TEXT + " It was late."
+        "<img src=x onerror=alert(1)> ${document.title = 'x'} {{value}}. The lighthouse keeper climbed the stairs every evening, and "
+        "counted the steps as he went. There were two hundred and four of them."
     )
     # What is heard, and how many segments were there before the whole: written down by the page, which misses nothing.
     page.evaluate("""window.played = []; window.before = 0;

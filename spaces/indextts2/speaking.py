@@ -189,7 +189,8 @@ def grow_speech(pipe: IndexTTS2TextToAudioPipeline, given: dict[str, Any]) -> It
                 speech.segments.append(
                     {
                         "number": answer.segment_index + 1,
-                        "text": speech.texts[answer.segment_index],
+                        # Gradio would run `${…}` as a program of the page: an invisible character parts it.
+                        "text": speech.texts[answer.segment_index].replace("${", "$\u2060{"),
                         "start_s": start_s,
                         "end_s": start_s + len(waveform) / rate,
                         "audio": to_data_url(write_sound(waveform, rate, "WAV"), "audio/wav"),

@@ -498,7 +498,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         )
         # An adapter made of it names its base by this, not by a folder of the cache.
         t2s.name_or_path = t2s.config.name_or_path = config.name_or_path
-        t2s.revision = commit_of(folder) if folder != config.name_or_path else None
+        t2s.revision = None if os.path.isdir(pretrained_model_name_or_path) else commit_of(folder)
         if os.path.isfile(os.path.join(folder, "generation_config.json")):
             t2s.generation_config = IndexTTS2GenerationConfig.from_pretrained(folder)
         try:
@@ -904,6 +904,7 @@ class IndexTTS2ForTextToWaveform(PreTrainedModel, GenerationMixin):
         # text token.
         least = weights = [float(len(row.input_ids)) for row in rows]
         longest = [float(config.max_semantic_tokens)] * len(rows)
+        # CODEPATH: models trained here know how long a text is by nature, the released checkpoint ends by itself.
         if config.use_length_row and config.natural_semantic_tokens is not None:
             constant, slope = config.natural_semantic_tokens
             weights = [constant + slope * length for length in weights]
