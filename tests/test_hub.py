@@ -296,7 +296,7 @@ def test_an_adapter_of_the_embedded_checkpoint(tiny_adapter, tmp_path):
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     card = card_of(tmp_path / "out")
     assert not {"base_model", "base_model_relation"} & {*card.data.to_dict()} and "| base | `tiny` |" in card.text
-    figures = {"semantic_cross_entropy_per_token": 4.5}
+    figures = {"semantic_cross_entropy_per_token": 4.5, "num_clips": 1}
     write_adapter_card(folder, name="style", base="tiny", data={}, settings={}, before=figures, after=figures)
     card = card_of(folder)
     assert not {"base_model", "base_model_relation"} & {*card.data.to_dict()} and "| base | `tiny` |" in card.text
