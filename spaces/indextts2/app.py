@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 MAX_UPLOAD = "20mb"
 QUEUE_SIZE = 16
 
-# Recordings and results are deleted when they are an hour old.
+# Recordings are deleted when they are an hour old.
 DELETE_EVERY_S, DELETE_AFTER_S = 600, 3600
 
 THEME = gr.themes.Base(
